@@ -176,7 +176,8 @@ def plan_command(
     vocabulary: Annotated[
         str | None,
         typer.Option(
-            "--vocabulary", help="Spread head, loss and embeddings over stages: even, or 1,1,2."
+            "--vocabulary",
+            help="Spread head, loss and embeddings over stages: auto, even, or 1,1,2.",
         ),
     ] = None,
     output: PlanOutput = None,

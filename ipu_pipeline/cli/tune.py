@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Options that mean something on one kind of machines only, by the names of their parameters.
 IPU_OPTIONS = ("ipus_per_replica", "device_iterations", "free", "compare", "ipu_config_output")
 GPU_OPTIONS = ("pp", "tp", "cp", "ep", "vpp", "schedule", "zero_stage", "recompute", "precision",
-               "engine")  # fmt: skip
+               "vocabulary", "engine")  # fmt: skip
 
 
 def tune_command(
@@ -78,6 +78,10 @@ def tune_command(
     zero_stage: ZeroStage = None,
     recompute: Recompute = None,
     precision: PrecisionOption = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option("--vocabulary", help="GPUs: auto tries it spread over stages, too."),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
@@ -102,7 +106,7 @@ def tune_command(
         fixed = {
             "global_batch": global_batch, "micro_batch": micro_batch, "replicas": replicas,
             "pp": pp, "tp": tp, "cp": cp, "ep": ep, "vpp": vpp, "schedule": schedule,
-            "zero_stage": zero_stage, "recompute": recompute,
+            "zero_stage": zero_stage, "recompute": recompute, "vocabulary": vocabulary,
             "precision": precision and precision.value, "optimizer": optimizer, "engine": engine,
         }  # fmt: skip
         tune_gpus(model, task, described, seq_length, fixed, output, as_json=as_json)

@@ -23,6 +23,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
+from ipu_pipeline.planner.price import spread_stages
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
@@ -326,6 +327,13 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
+            if glue is not None and training and self.plan.vocabulary is not None:
+                glue.close()
+                raise LoweringError(
+                    "the code between the model's blocks waits for values that they compute, and a "
+                    "loss whose vocabulary is spread over stages has none until the backward pass: "
+                    "plan without vocabulary"
+                )
             step = Step(
                 stages, parts, self.options, self.global_step, loss_scaling, schedule,
                 self._device, glue,
@@ -348,7 +356,7 @@ class LocalExecutable(Executable):
 
     def _runs_forward_first(self, number: int) -> bool:
         """Whether all forward passes come before the first backward pass, with the loss alone."""
-        simple = not serialized(self.plan) and number > 1
+        simple = not serialized(self.plan) and self.plan.vocabulary is None and number > 1
         kinds = ["".join(action.kind for action in row) for row in self._rows(number).rows]
         return simple and all("F" not in row.lstrip("F") for row in kinds)
 
@@ -443,7 +451,7 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
         kind = schedule_kind(options.schedule or plan.schedule)
     except ValueError as error:
         raise LoweringError(f"the local target: {error}") from error
-    shape = PipelineShape.of(depth, plan.num_microbatches, devices)
+    shape = PipelineShape.of(depth, plan.num_microbatches, devices, spread=spread_stages(plan))
     problem = kind.problem(shape)
     if not problem:
         return kind, shape
