@@ -84,14 +84,14 @@ class Counted:
     Attributes:
         num_samples: Its samples.
         wish: What the caller's function says.
-        divisors: What each varying term of its loss divides by, ``None``: not known.
+        counts: What each varying term of its loss counts, ``None``: not known.
         constant: Whether that is computed from inputs that every microbatch gets whole.
         rules: How the terms were measured to add up, or what fitted their sum.
     """
 
     num_samples: int
     wish: float = 0.0
-    divisors: tuple[float | None, ...] = ()
+    counts: tuple[float | None, ...] = ()
     constant: bool = False
     rules: tuple[str, ...] = ()
 
@@ -125,7 +125,7 @@ class LossShares:
         """Compare the loss of the first microbatches with that of all their samples.
 
         Once for all batches of the same shapes in which the same host values vary, and once where
-        microbatches have different programs.
+        microbatches have different programs; always where Python may have raised a divisor.
 
         Args:
             cut: The batch.
@@ -140,19 +140,24 @@ class LossShares:
             MixedSamplesError: They differ.
         """
         given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
-        pairs = zip(parts, terms, strict=True)
+        pairs = list(zip(parts, terms, strict=True))
         known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
         if given or len(parts) == 1 or not known or not terms[0].terms:
             return True
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        if key in self._checked:
+        raised = [n for n, (part, one) in enumerate(pairs) if one.may_be_raised(part.inputs)]
+        if key in self._checked and not raised:
             return True
         weighted = self.weighted(cut, parts, terms, training=False)
-        # Terms with factors of their own are measured one by one.
-        together = factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0])
-        if together and not self._compare(cut, parts, terms):
-            return False
+        if not self.is_ordered(cut, terms[0]):
+            together = factor_name(0) not in weighted[0].inputs  # else they are measured apart
+            if raised and not together:
+                raise self._mixed("Python counts what a term is divided by, and may have raised it "
+                                  "to 1 (max(count, 1)), which torch's clamp(min=1) lets be seen",
+                                  terms[0])  # fmt: skip
+            if together and not self._compare(cut, parts, terms, max(raised, default=0) + 1):
+                return False
         self._checked.add(key)
         return True
 
@@ -212,7 +217,7 @@ class LossShares:
         constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
         rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms)) or "",)
         return [
-            replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
+            replace(one, counts=tuple(own.counts(p.inputs)), constant=constant, rules=rules)
             for one, own, p in zip(plain, terms, parts, strict=True)
         ]
 
@@ -258,11 +263,11 @@ class LossShares:
                 raise self._mixed("it is a mean over labels that a block of its own counts",
                                   terms[0])  # fmt: skip
             found = {} if weights else self._candidates(cut, every, terms)
-            shares = (
-                weights[0]
-                if weights
-                else next(s for rule, s in found.items() if fitting in (None, rule))
-            )
+            fit = (s for rule, s in found.items() if fitting in (None, rule))
+            shares = weights[0] if weights else next(fit, None)
+            if shares is None:
+                raise self._mixed("what it is divided by is known for some microbatches only",
+                                  terms[0])  # fmt: skip
         return [replace(part, share=s) for part, s in zip(parts, shares[own], strict=True)]
 
     def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
@@ -382,7 +387,7 @@ class LossShares:
     # ---- the check ------------------------------------------------------------------------
 
     def _compare(
-        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms], least: int
     ) -> bool:
         for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
             with mode, plain_runs(self.model) as run:
@@ -390,7 +395,7 @@ class LossShares:
                 if LOSS not in first.tensors:
                     return True
                 if not first.draws:
-                    return self._compare_losses(cut, parts, terms, first, run)
+                    return self._compare_losses(cut, parts, terms, first, run, least)
         known = all(term.kind != "opaque" for term in terms[0].varying)
         if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
             raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
@@ -404,9 +409,14 @@ class LossShares:
         terms: Sequence[LossTerms],
         first: PlainRun,
         run: Callable[..., PlainRun],
+        least: int,
     ) -> bool:
-        """Find the weights that fit, if the loss is finite; ``first`` is its first microbatch."""
-        number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
+        """Find the weights that fit, if the loss is finite.
+
+        ``first`` is its first microbatch, ``least`` how many have to be looked at.
+        """
+        bytes_of_one = max(1, sum(v.nbytes for v in first.tensors.values()))
+        number = max(2, least, CHECKED_BYTES // bytes_of_one)
         own = cut.parts[:number]
         samples = sum(part.num_samples for part in own)
         parts = parts[:number]
@@ -497,17 +507,15 @@ def _columns(every: Sequence[Counted], terms: LossTerms) -> list[list[float] | N
     # makes itself (a contrastive loss) are counted for each microbatch.
     whole = [1.0] * len(every)
     columns: list[list[float] | None] = []
-    divisors = zip(*(one.divisors for one in every), strict=True)
-    for term, column in zip(terms.varying, divisors, strict=True):
+    by_term = zip(*(one.counts for one in every), strict=True)
+    for term, column in zip(terms.varying, by_term, strict=True):
         counts = [count for count in column if count is not None]
-        if term.averaged:
-            pairs = zip(counts, by_samples, strict=bool(counts))
-            counts = [count * share for count, share in pairs]
-        found = term.weights(counts) or by_samples
+        known = len(counts) == len(every)
+        found = (terms.weights(term, counts, by_samples) if known else []) or by_samples
         if all(one.constant for one in every):
             summed = term.kind == "quotient" and not term.averaged
             found = whole if summed else by_samples
-        columns.append(found if counts else None)
+        columns.append(found if known else None)
     return columns
 
 
@@ -518,7 +526,7 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
         MixedSamplesError: It has more terms in some microbatches than in others.
         LoweringError: It was measured differently on the shares of several processes.
     """
-    numbers = sorted({len(one.divisors) for one in every})
+    numbers = sorted({len(one.counts) for one in every})
     if len(numbers) > 1:
         raise MixedSamplesError(
             f"the loss of a microbatch has {numbers[0]} terms here and {numbers[-1]} there, as if "
