@@ -14,9 +14,12 @@ from ipu_pipeline.train.optimizers import build_optimizer, build_scheduler
 from ipu_pipeline.train.progress import TrainResult
 
 if TYPE_CHECKING:
-    from ipu_pipeline.train.trainer import PipelineTrainer
+    from ipu_pipeline.train.mixin import PipelineMixin
+    from ipu_pipeline.train.trainer import PipelineSeq2SeqTrainer, PipelineTrainer
 
 __all__ = [
+    "PipelineMixin",
+    "PipelineSeq2SeqTrainer",
     "PipelineTrainer",
     "TrainResult",
     "TrainingArguments",
@@ -29,8 +32,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PipelineTrainer":
-        from ipu_pipeline.train.trainer import PipelineTrainer
+    if name in ("PipelineMixin", "PipelineSeq2SeqTrainer", "PipelineTrainer"):
+        from ipu_pipeline.train import trainer
 
-        return PipelineTrainer
+        return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
