@@ -1,8 +1,9 @@
 """Training: one thin loop over any executable, and a trainer with everything of transformers.
 
-Read ``loop.py`` to see how an executable is driven. ``PipelineTrainer`` (``trainer.py``) is
-transformers' Trainer over the stages: callbacks, trackers, evaluations, best model, result files.
-It is imported when it is asked for.
+Read ``loop.py`` to see how an executable is driven. ``PipelineMixin`` (``mixin.py``) puts a trainer
+of transformers, TRL or sentence-transformers over the stages: ``class X(PipelineMixin,
+SFTTrainer)``; ``PipelineTrainer`` (``trainer.py``) is that of transformers' own. Callbacks,
+trackers, evaluations, best model and result files are theirs. They are imported when asked for.
 """
 
 from typing import TYPE_CHECKING, Any

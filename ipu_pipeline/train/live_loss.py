@@ -46,6 +46,7 @@ from ipu_pipeline.stages.stage import nodes_behind
 
 # The input that names the run of a microbatch, and the module's name inside the model.
 RUN = "loss_run"
+_MEMBER = "__member__"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
@@ -82,6 +83,11 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
             del model.forward
         else:
             model.forward = before
+
+
+def is_replaced(model: nn.Module) -> bool:
+    """Whether the user's code has put another ``forward`` in the place of ours."""
+    return not isinstance(vars(model).get("forward"), _Forward)
 
 
 def generates(kwargs: Mapping[str, Any]) -> bool:
@@ -190,6 +196,7 @@ class LossRun(Coroutine):
                         f"compute_loss passes arguments of the model without a name (*"
                         f"{parameter.name}); stages take inputs by name: pass them by keyword"
                     )
+        inputs = _flat(inputs)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.requires_grad:
                 inputs[name] = value.detach().requires_grad_()
@@ -391,7 +398,7 @@ class LiveLoss(_Loss):
     def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what a capture sees of the model: its outputs, and the loss behind them."""
         run = inputs.pop(RUN)
-        outputs = _without_caches(forward(**inputs))
+        outputs = _without_caches(forward(**_nested(inputs)))
         try:
             found = Snapshot.of({RUN: outputs})
         except Exception as error:  # whatever a class does when it is copied
@@ -438,6 +445,29 @@ class LiveLoss(_Loss):
                 "of 0 where nothing is to be learned, or use transformers' Trainer"
             )
         return suspended.loss
+
+
+def _flat(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs of which none is a dict of tensors: its members stand in its place."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if type(value) is dict and tensors_in(value):
+            found |= {f"{name}{_MEMBER}{key}": member for key, member in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _nested(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with the dicts that ``_flat`` has taken apart."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        outer, is_member, key = name.partition(_MEMBER)
+        if is_member:
+            found.setdefault(outer, {})[key] = value
+        else:
+            found[name] = value
+    return found
 
 
 def _without_caches(outputs: Any) -> Any:

@@ -26,6 +26,7 @@ from ipu_pipeline.train.live_loss import (
     abandon,
     calls_of,
     generates,
+    is_replaced,
 )
 from ipu_pipeline.train.optimizers import loss_factor
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
@@ -280,7 +281,8 @@ class LiveSteps(TargetSteps):
         """Answer a call of the model: by the user's code, or by a capture."""
         run = LossRun.current()
         if run is not None:
-            if run.may_suspend(self._modes(), kwargs):
+            whole = is_replaced(self._trainer._whole_model)
+            if not whole and run.may_suspend(self._modes(), kwargs):
                 return self._trainer._widened(run.call(forward, args, kwargs))
             run.further_calls += not generates(kwargs)
             self._before_further_call(run)

@@ -372,8 +372,10 @@ class PipelineMixin(Base):
             assert self.plan is not None
             loss_only = self.args.prediction_loss_only
             loss_only = loss_only if prediction_loss_only is None else prediction_loss_only
-            run = partial(self._run_ahead, loss_only=loss_only, ignore_keys=ignore_keys)
-            dataloader = Prefetch(dataloader, _AHEAD_PER_STAGE * self.plan.num_stages, run)
+            number = _AHEAD_PER_STAGE * self.plan.num_stages
+            dataloader = Prefetch(
+                dataloader, number, lambda batches: self._run_ahead(batches, loss_only, ignore_keys)
+            )
         elif not own_step:
             self._steps.fetch()  # it may call the model itself
         try:
@@ -390,20 +392,17 @@ class PipelineMixin(Base):
         inputs: dict[str, Any],
         prediction_loss_only: bool,  # noqa: FBT001 - the inherited signature
         ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
     ) -> Prediction:
         """Return loss, logits and labels of one batch, nested as transformers nests them."""
         if id(inputs) not in self._ahead:
-            self._run_ahead([inputs], loss_only=prediction_loss_only, ignore_keys=ignore_keys)
+            self._run_ahead([inputs], prediction_loss_only, ignore_keys, **gen_kwargs)
         return self._ahead.pop(id(inputs))
 
-    def _run_ahead(
-        self, batches: list[dict[str, Any]], *, loss_only: bool, ignore_keys: list[str] | None
-    ) -> None:
+    def _run_ahead(self, batches: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
         """Predict batches; their results are taken one by one."""
         predict = super().prediction_step
-        bodies = [
-            partial(predict, self._whole_model, batch, loss_only, ignore_keys) for batch in batches
-        ]
+        bodies = [partial(predict, self._whole_model, batch, *args, **kwargs) for batch in batches]
         if not self._prediction_is_inherited():
             self._steps.fetch()  # it may use the model in any way, as generate() does
         if self._evaluates_in_stages():
