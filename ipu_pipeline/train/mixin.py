@@ -160,7 +160,8 @@ class PipelineMixin(Base):
             config=ipu_config,
         )
         self._steps.watch_callbacks()
-        self._steps.check_code()
+        if self.train_dataset is not None:
+            self._steps.check_code()
 
     def _steps_on(
         self, target: str, ipu_config: IPUConfig | None, sdk_python: str | None
