@@ -417,8 +417,13 @@ class LiveLoss(_Loss):
         return results
 
     def filled(self, outputs: int, tensors: Sequence[Tensor]) -> Any:
-        """Return what the model returns, of tensors and the number of their structure."""
-        return self._outputs[outputs].filled(range(len(tensors)), tensors)[RUN]
+        """Return what the model returns, of tensors and the number of their structure.
+
+        None is a leaf of its graph, as behind the model: a backward pass is seen by its nodes, and
+        code may change it in place.
+        """
+        inner = [t.clone() if t.requires_grad and t.is_leaf else t for t in tensors]
+        return self._outputs[outputs].filled(range(len(inner)), inner)[RUN]
 
     def forward(self, run: Tensor, tensors: tuple[Tensor, ...], outputs: int) -> Tensor:
         """Return the loss of the run, computed from the model's outputs.

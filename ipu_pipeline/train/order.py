@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dis
 import itertools
+import logging
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,19 +26,21 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.utils.logging import get_logger
 
 from ipu_pipeline.capture.values import PLAIN
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.train.live_loss import HOOKS, LossRun
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "ipu_pipeline")
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _MOVING = (
     torch.Generator, random.Random, np.random.Generator, types.GeneratorType, itertools.count,
     itertools.cycle,
 )  # fmt: skip
+# Of one thread each, or changed by every import.
+_NO_STATE = (threading.local, logging.Logger)
 # So many members of a container are compared; of a longer one its length and its end.
 _COMPARED = 16
 _COMPARED_BYTES = 1 << 16
@@ -295,7 +299,9 @@ def _of_library(namespace: Mapping[str, Any]) -> bool:
 def _named(name: str, value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
     """Yield a value, and what an object holds, each under its name."""
     yield name, _described(value)
-    plain = isinstance(value, (*PLAIN, *_CONTAINERS, Tensor, nn.Module, type, types.ModuleType))
+    plain = isinstance(
+        value, (*PLAIN, *_CONTAINERS, *_NO_STATE, Tensor, nn.Module, type, types.ModuleType)
+    )
     if plain or callable(value) or not depth:
         return
     # Objects of libraries hold the whole world.

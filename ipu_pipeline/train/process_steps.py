@@ -226,8 +226,7 @@ class ProcessSteps(LiveSteps, CollectedSteps):
             if made or run is None:
                 continue
             number, tensors = message[0][n]
-            # No leaves: a backward pass from what is computed of them suspends the run.
-            found = [t.requires_grad_().clone() if trained else t for t, trained in tensors]
+            found = [t.requires_grad_(trained) for t, trained in tensors]
             run.at_resume()
             run.resume(self._live.filled(number, found))
             if run.loss is not None and run.loss.requires_grad:

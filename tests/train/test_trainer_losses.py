@@ -285,7 +285,7 @@ def test_batches_that_are_too_large_are_made_smaller(tmp_path, monkeypatch) -> N
 
         def watched(module, args, kwargs, output, sizes=sizes):
             if module.training and not capturing():
-                sizes.append(len(output[0]))
+                sizes.append(len(args[0]))
                 if sizes[-1] > 1:
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 GB")
 
