@@ -55,7 +55,10 @@ PLAIN = {
         ({"torch_compile": True, "target": "distributed"}, "torch_compile does not go with .* on "),
         ({"torch_compile": True, "torch_compile_mode": "max-autotune"}, "not by None in mode max-"),
         ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
-        ({"auto_find_batch_size": True, "target": "distributed"}, "auto_find_batch_size does not go"),
+        (
+            {"auto_find_batch_size": True, "target": "distributed"},
+            "auto_find_batch_size does not go",
+        ),
         ({"fp16": True, "loss_scaling": 64.0}, "loss_scaling=64.0 does not go with fp16 in Pipe"),
         ({"fp16": True, "target": "distributed"}, "fp16 does not go with target='distributed'"),
         (

@@ -63,7 +63,8 @@ def preferences(count: int = 12) -> list[dict[str, str]]:
 def own_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     flat = outputs.logits[:, :-1].flatten(0, 1)
     summed = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
-    return 2 * summed / num_items_in_batch
+    count = labels[:, 1:].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return 2 * summed / count
 
 
 def lora() -> Any:

@@ -389,7 +389,7 @@ def by_trl(folder: str, name: str) -> dict[str, Any]:
 def live(folder: str, names: list[str]) -> list[Any]:
     """Train with code around the model; return what is logged and kept, or said of it."""
     from tests.train.live_programs import PROGRAMS
-    from tests.train.test_live_loss import logged, trained
+    from tests.train.test_live_loss import flat, logged, trained
 
     found: list[Any] = []
     for name in names:
@@ -399,5 +399,5 @@ def live(folder: str, names: list[str]) -> list[Any]:
             found.append(str(error))
         else:
             order = trainer._steps.training_order.ahead
-            found.append([logged(trainer), repr(trainer.seen), weights(trainer), order])
+            found.append([logged(trainer), flat(trainer.seen), weights(trainer), order])
     return found
