@@ -395,10 +395,17 @@ class LiveLoss(_Loss):
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveLoss:
         return LiveLoss()
 
-    def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def view(
+        self, forward: Callable[..., Any], inputs: dict[str, Any], model: nn.Module | None = None
+    ) -> dict[str, Tensor]:
         """Return what a capture sees of the model: its outputs, and the loss behind them."""
         run = inputs.pop(RUN)
-        outputs = _without_caches(forward(**_nested(inputs)))
+        modules: dict[str, Any] = {} if model is None else model._modules
+        own = modules.pop(RUN, None)  # forward may call all children of the model
+        try:
+            outputs = _without_caches(forward(**_nested(inputs)))
+        finally:
+            modules.update({} if own is None else {RUN: own})
         try:
             found = Snapshot.of({RUN: outputs})
         except Exception as error:  # whatever a class does when it is copied

@@ -288,7 +288,7 @@ class LiveSteps(TargetSteps):
             self._before_further_call(run)
             return self._trainer._in_one_piece(forward, args, kwargs)
         if RUN in kwargs:
-            return self._live.view(forward, kwargs)
+            return self._live.view(forward, kwargs, self._trainer._whole_model)
         return forward(*args, **kwargs)
 
     def _before_further_call(self, run: LossRun) -> None:

@@ -13,6 +13,8 @@ from tests.later import every_second
 from tests.train.trl_programs import preferences, tokenizer
 
 st = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+losses = pytest.importorskip("sentence_transformers.losses")
+models = pytest.importorskip("sentence_transformers.models")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -25,23 +27,23 @@ def encoder(folder: Any) -> Any:
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    words = st.models.Transformer(str(folder), max_seq_length=16)
+    words = models.Transformer(str(folder), max_seq_length=16)
     return st.SentenceTransformer(
-        modules=[words, st.models.Pooling(words.get_word_embedding_dimension(), "mean")],
+        modules=[words, models.Pooling(words.get_embedding_dimension(), "mean")],
         device="cpu",
     )
 
 
 LOSSES = {
-    "negatives": (lambda m: st.losses.MultipleNegativesRankingLoss(m), ("prompt", "chosen")),
-    "own_weights": (lambda m: st.losses.SoftmaxLoss(m, 16, 2), ("prompt", "chosen", "label")),
-    "triplets": (lambda m: st.losses.TripletLoss(m), ("prompt", "chosen", "rejected")),
+    "negatives": (lambda m: losses.MultipleNegativesRankingLoss(m), ("prompt", "chosen")),
+    "own_weights": (lambda m: losses.SoftmaxLoss(m, 16, 2), ("prompt", "chosen", "label")),
+    "triplets": (lambda m: losses.TripletLoss(m), ("prompt", "chosen", "rejected")),
     "shorter_embeddings": (
-        lambda m: st.losses.MatryoshkaLoss(m, st.losses.CoSENTLoss(m), [16, 8]),
+        lambda m: losses.MatryoshkaLoss(m, losses.CoSENTLoss(m), [16, 8]),
         ("prompt", "chosen", "score"),
     ),
     "cached": (
-        lambda m: st.losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=2),
+        lambda m: losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=2),
         ("prompt", "chosen"),
     ),
 }
@@ -66,9 +68,9 @@ def trained(name: str, folder: Any, *, pipeline: bool) -> tuple[list[float], lis
         loss=make(model), **more,
     )  # fmt: skip
     trainer.train()
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    losses.append(trainer.evaluate()["eval_loss"])
-    return losses, [float(p.detach().abs().sum()) for p in trainer.loss.parameters()], trainer
+    found = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    found.append(trainer.evaluate()["eval_loss"])
+    return found, [float(p.detach().abs().sum()) for p in trainer.loss.parameters()], trainer
 
 
 @pytest.mark.parametrize("name", every_second(LOSSES))
