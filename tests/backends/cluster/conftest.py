@@ -1,4 +1,4 @@
-"""Processes for the tests of a file: gloo, one thread each, started once."""
+"""Processes for the tests of a folder: gloo, one thread each, started once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from tests.backends.cluster.processes import Processes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two() -> Iterator[Processes]:
     processes = Processes(2)
     yield processes
     processes.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four() -> Iterator[Processes]:
     processes = Processes(4)
     yield processes
