@@ -90,9 +90,7 @@ def test_the_published_command_runs(script, tmp_path, monkeypatch, capsys):
         assert text in shown
 
 
-@pytest.mark.parametrize(
-    "form", now(["soft"], ["hard", "text", "soft"])
-)
+@pytest.mark.parametrize("form", now(["soft"], ["hard", "text", "soft"]))
 def test_the_split_does_not_change_what_is_learned(script, options, tmp_path, form):
     runs = {"placed": PLACED, "two": {"num_stages": 2}, "unsplit": {"unsplit": True}}
     for name, changes in runs.items():

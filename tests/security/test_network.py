@@ -23,6 +23,7 @@ from ipu_pipeline.backends.cluster.ranks.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 from tests.security.test_hostile_plans import Attack
 
+
 @pytest.mark.parametrize(
     ("secret", "message"),
     [

@@ -39,7 +39,8 @@ WAYS = (*product((2, 4), ("1f1b", "gpipe")),)
 
 
 @pytest.mark.parametrize(
-    ("name", "ways"), now([("gpt2-lm", WAYS[::3])], [("gpt2-lm", WAYS[::3]), *product(TINY, [WAYS])])
+    ("name", "ways"),
+    now([("gpt2-lm", WAYS[::3])], [("gpt2-lm", WAYS[::3]), *product(TINY, [WAYS])]),
 )
 def test_loss_curves_with_dropout_do_not_depend_on_the_split(
     name: str, ways: tuple[tuple[int, str], ...]
