@@ -79,7 +79,7 @@ def test_other_losses_are_refused() -> None:
         check_losses({"eager": 2.0, "DDP": float("nan")}, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_worker_that_fails_says_what_it_said() -> None:
     with (
         Team(TINY, "float32", processes=1, threads=1) as team,
