@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from ipu_pipeline.planner.backend import (
     backend_of,
     find_machine,
 )
+from ipu_pipeline.planner.options.vocabulary import vocabulary_rows
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem
 from ipu_pipeline.planner.search import Constraints
@@ -56,6 +57,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     passes: str = "",
     batch_axes: Mapping[str, int | None] | None = None,
     settings: Mapping[str, Any] | None = None,
+    vocabulary: Literal["even"] | Sequence[float] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -86,12 +88,15 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         settings: On GPUs, fields of ``Plan.settings``: ``precision`` (of ``None``: that of 16-bit
             weights or of the config, else bfloat16 with float32 weights in the optimizer; that
             of the weights, where they have values), ``optimizer``, ``tp``, ...
+        vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
+            the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``None``:
+            blocks are whole.
 
     Raises:
         CaptureError: The model cannot be captured.
         PartitionError: No split satisfies the constraints, or what the passes made of it does not
             fit.
-        PlanError: A pass cannot be applied.
+        PlanError: A pass cannot be applied, or the vocabulary cannot be spread.
         ValueError: An argument is out of range.
     """
     manager = PassManager.parse(passes)
@@ -131,6 +136,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
+    if vocabulary is not None:
+        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary)
+        made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
                 time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,

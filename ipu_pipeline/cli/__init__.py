@@ -41,6 +41,7 @@ from ipu_pipeline.cli.options import (
     counted,
     gpu_settings,
     read_ipu_config,
+    read_shares,
     save_plan,
 )
 from ipu_pipeline.cli.predict import predict_command
@@ -172,6 +173,12 @@ def plan_command(
         str,
         typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
     ] = "",
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocabulary", help="Spread head, loss and embeddings over stages: even, or 1,1,2."
+        ),
+    ] = None,
     output: PlanOutput = None,
     force: Force = False,
 ) -> None:
@@ -203,6 +210,7 @@ def plan_command(
             settings=gpu_settings(
                 machine, tp=tp, precision=precision and precision.value, optimizer=optimizer
             ),
+            vocabulary=read_shares(vocabulary),
         )
     typer.echo(made.explain())
     save_plan(made, output)

@@ -138,7 +138,9 @@ def annotation_lines(plan: Plan) -> list[str]:
             f"(stage {index})"
             for name, (first, last) in stage.table_slices.items()
         ]
-    named |= {"serialized": sliced, "table split": held}
+    rows = () if plan.vocabulary is None else plan.vocabulary.rows
+    spread = [f"rows {first}-{end - 1} (stage {stage})" for stage, first, end in rows]
+    named |= {"serialized": sliced, "table split": held, "vocabulary spread": spread}
     return [f"{what}: {'; '.join(parts)}" for what, parts in named.items() if parts]
 
 

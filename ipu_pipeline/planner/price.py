@@ -17,6 +17,7 @@ from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
+from ipu_pipeline.planner.options.vocabulary import check_vocabulary
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
@@ -51,7 +52,12 @@ class PlanPrice:
 
 
 def price(plan: Plan) -> PlanPrice:
-    """Return the price of ``plan``, from the plan alone; it need not fit."""
+    """Return the price of ``plan``, from the plan alone; it need not fit.
+
+    Raises:
+        PlanError: Its vocabulary cannot be spread so.
+    """
+    check_vocabulary(plan)
     return backend_of(plan.machine).step(plan)
 
 
@@ -104,7 +110,10 @@ def check_runs(plan: Plan) -> None:
         raise PlanError(wrong)
     devices = [stage.device for stage in plan.stages]
     training, have = plan.graph.training, len(plan.machine.devices)
-    shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
+    shape = PipelineShape.of(
+        plan.num_stages, plan.num_microbatches, devices, training=training,
+        spread=spread_stages(plan),
+    )  # fmt: skip
     wrong = schedule_kind(plan.schedule).problem(shape)
     needed = len(set(devices)) * plan.replicas
     if not wrong and needed > have:
@@ -232,8 +241,9 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
     loads = found.loads
     devices = [load.device for load in loads]
     shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training
-    )
+        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training,
+        spread=spread_stages(plan),
+    )  # fmt: skip
     passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.price for load in loads])
     by_device: Counter[int] = Counter()
     for load, seconds in zip(loads, found.once_s, strict=True):
@@ -248,6 +258,11 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         recompute=tuple(stage.recompute for stage in found.split.stages),
         source=costs.source,
     )
+
+
+def spread_stages(plan: Plan) -> tuple[int, ...]:
+    """Return the stages that hold rows of the vocabulary, ascending; none where it is whole."""
+    return () if plan.vocabulary is None else tuple(sorted(plan.vocabulary.by_stage))
 
 
 def memory_misfits(machine: Machine, loads: tuple[StageLoad, ...]) -> tuple[str, ...]:
