@@ -29,6 +29,7 @@ from ipu_pipeline.backends.cluster.ranks.consistency import (
 )
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather, join_processes, scope_of
 from ipu_pipeline.backends.cluster.ranks.watchdog import Watchdog
+from ipu_pipeline.backends.cluster.row_slices import RowSlices, refuse_with_rows, row_plan
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.stages.materialize import materialize
@@ -131,6 +132,7 @@ class Joining:
             if self.optimizer is not None:
                 refuse_whole_tensors(self.optimizer, cuts, master_weights=options.master_weights)
             refuse_with_slices(options, offloaded, layout.tp)
+            refuse_with_rows(model, plan, self.optimizer, options, self.device, layout)
         except PipelineError as error:
             return str(error)
         return ""
@@ -139,8 +141,14 @@ class Joining:
 def slices_of(
     model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, groups: Groups
 ) -> tuple[Slices, CutPlan]:
-    """Give every process its slices, if processes share products; and say what is cut."""
+    """Give every process its slices, if processes share products or a vocabulary; say what is cut.
+
+    Rows of a vocabulary are no slices of products, and no part of the latter.
+    """
     cuts = cut_plan(model, plan, groups.layout.tp)
+    rows = row_plan(plan, groups.layout.positions)
+    if rows is not None:
+        return RowSlices(model, optimizer, rows, groups), cuts
     if groups.layout.tp == 1:
         return UNCUT, cuts
     from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
@@ -161,6 +169,11 @@ def read_own_weights(
         for stage in plan.stages
     ]
     own = set().union(*(used[index] for index in groups.layout.own_stages))
+    rows = row_plan(plan, groups.layout.positions)
+    if rows is not None:
+        own -= set(rows.tables)
+        if groups.layout.position in rows.rows:
+            own |= {*rows.tables, *rows.biases}
     # What no block has is used between them, on all ranks.
     held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
     together(groups.ranks, lambda: materialize(model, options.weights, options.seed, held, slices))

@@ -22,9 +22,11 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
+from ipu_pipeline.planner.price import spread_stages
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.calls import called_in_turn, check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import (
@@ -42,6 +44,7 @@ from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
+    autocast_region,
     check_model,
     in_evaluation,
     kept_modes,
@@ -196,6 +199,16 @@ class LocalExecutable(Executable):
 
     # ---- running ------------------------------------------------------------------------
 
+    def _call_model(
+        self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> list[Any]:
+        """Call the model itself: its stages are on one device, and run one after another."""
+        self._require_usable()
+        check_call(self.model, name)
+        precision = autocast_region(self.options.precision, self._device)
+        with in_evaluation(self.model), torch.no_grad(), precision:
+            return called_in_turn(self.model, name, calls, self._device)
+
     def _split(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
         return self._cutter.training(batch, plan.num_microbatches, plan.micro_batch_size)
@@ -314,6 +327,13 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
+            if glue is not None and training and self.plan.vocabulary is not None:
+                glue.close()
+                raise LoweringError(
+                    "the code between the model's blocks waits for values that they compute, and a "
+                    "loss whose vocabulary is spread over stages has none until the backward pass: "
+                    "plan without vocabulary"
+                )
             step = Step(
                 stages, parts, self.options, self.global_step, loss_scaling, schedule,
                 self._device, glue,
@@ -336,7 +356,7 @@ class LocalExecutable(Executable):
 
     def _runs_forward_first(self, number: int) -> bool:
         """Whether all forward passes come before the first backward pass, with the loss alone."""
-        simple = not serialized(self.plan) and number > 1
+        simple = not serialized(self.plan) and self.plan.vocabulary is None and number > 1
         kinds = ["".join(action.kind for action in row) for row in self._rows(number).rows]
         return simple and all("F" not in row.lstrip("F") for row in kinds)
 
@@ -367,10 +387,13 @@ class LocalExecutable(Executable):
         shape = replace(shape, num_microbatches=num_microbatches)
         return (schedule_kind("1f1b") if kind.problem(shape) else kind).rows(shape)
 
-    def _run(self, step: Step) -> None:
+    def _require_usable(self) -> None:
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+
+    def _run(self, step: Step) -> None:
+        self._require_usable()
         # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
         alone = self.options.sequential or self.options.compile_blocks
         alone = alone or self.plan.num_stages == 1 or step.glue is not None
@@ -431,7 +454,7 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
         kind = schedule_kind(options.schedule or plan.schedule)
     except ValueError as error:
         raise LoweringError(f"the local target: {error}") from error
-    shape = PipelineShape.of(depth, plan.num_microbatches, devices)
+    shape = PipelineShape.of(depth, plan.num_microbatches, devices, spread=spread_stages(plan))
     problem = kind.problem(shape)
     if not problem:
         return kind, shape
