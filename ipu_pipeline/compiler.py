@@ -58,7 +58,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     passes: str = "",
     batch_axes: Mapping[str, int | None] | None = None,
     settings: Mapping[str, Any] | None = None,
-    vocabulary: Literal["even"] | Sequence[float] | None = None,
+    vocabulary: Literal["auto", "even"] | Sequence[float] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -90,8 +90,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
             weights or of the config, else bfloat16 with float32 weights in the optimizer; that
             of the weights, where they have values), ``optimizer``, ``tp``, ...
         vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
-            the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``None``:
-            blocks are whole.
+            the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``"auto"``:
+            shares that make the step shortest, where that is faster; ``None``: blocks are whole.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -120,6 +120,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
+    shares = vocabulary if vocabulary is None or isinstance(vocabulary, str) else (*vocabulary,)
+    limits = replace(limits, vocabulary=shares)
     split = backend.placement(work) if constraints is None else None
     if split is None:
         layers = _layers(captured.graph, config, depth) or limits.layers_per_ipu
@@ -128,8 +130,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if vocabulary is not None:
-        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary)
+    if vocabulary not in (None, "auto") and made.vocabulary is None:  # of the backend's own split
+        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary or "even")
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",

@@ -162,7 +162,7 @@ Passes = Annotated[
 Vocabulary = Annotated[
     str | None,
     typer.Option(
-        "--vocabulary", help="Spread head, loss and embeddings over stages: even, or 1,1,2."
+        "--vocabulary", help="Spread head, loss and embeddings over stages: auto, even, or 1,1,2."
     ),
 ]
 

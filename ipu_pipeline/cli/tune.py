@@ -54,6 +54,9 @@ Vpp = Annotated[int | None, counted("--vpp", "num_devices", "GPUs: stages of a r
 Schedule = Annotated[
     str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
 ]
+Vocabulary = Annotated[
+    str | None, typer.Option("--vocabulary", help="GPUs: auto tries it spread over stages, too.")
+]
 Engine = Annotated[
     str | None,
     typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
@@ -64,7 +67,7 @@ ConfigOutput = Annotated[
 # Options that mean something on one kind of machines only, by the names of their parameters.
 IPU_OPTIONS = ("ipus_per_replica", "device_iterations", "free", "compare", "ipu_config_output")
 GPU_OPTIONS = ("pp", "tp", "cp", "ep", "vpp", "schedule", "zero_stage", "recompute", "precision",
-               "engine")  # fmt: skip
+               "vocabulary", "engine")  # fmt: skip
 
 
 def tune_command(
@@ -90,6 +93,7 @@ def tune_command(
     zero_stage: ZeroStage = None,
     recompute: Recompute = None,
     precision: PrecisionOption = None,
+    vocabulary: Vocabulary = None,
     engine: Engine = None,
     output: PlanOutput = None,
     ipu_config_output: ConfigOutput = None,
@@ -108,7 +112,7 @@ def tune_command(
         fixed = {
             "global_batch": global_batch, "micro_batch": micro_batch, "replicas": replicas,
             "pp": pp, "tp": tp, "cp": cp, "ep": ep, "vpp": vpp, "schedule": schedule,
-            "zero_stage": zero_stage, "recompute": recompute,
+            "zero_stage": zero_stage, "recompute": recompute, "vocabulary": vocabulary,
             "precision": precision and precision.value, "optimizer": optimizer, "engine": engine,
         }  # fmt: skip
         tune_gpus(model, task, described, seq_length, fixed, output, as_json=as_json)

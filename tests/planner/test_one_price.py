@@ -6,6 +6,7 @@ import json
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import BertConfig, GPT2Config, LxmertConfig, T5Config, ViTConfig
@@ -91,6 +92,25 @@ def test_every_door_says_the_same(name: str, machine: str, depth: int, tmp_path:
     assert not found.misfits
     if machine in PODS:
         assert ipu_doors(name, machine, plan) == {plan.objective_s}
+
+
+@pytest.mark.parametrize("vocabulary", ["even", "auto", (1, 2)])
+@pytest.mark.parametrize("machine", ["a100-80g-x8", "threads"])
+def test_a_spread_vocabulary_has_one_price(machine: str, vocabulary: Any, tmp_path: Path) -> None:
+    plan = planned("gpt2", machine, 2, vocabulary=vocabulary)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    timeline = simulate(loaded)
+    assert loaded == plan
+    doors = {plan.objective_s, price(loaded).step_s, priced(loaded).objective_s, timeline.step_s}
+    assert doors == {sensitivity(loaded, num_variants=0)[0].step_s}
+    assert 0 < plan.lower_bound_s <= plan.objective_s
+    assert f"predicted step {milliseconds(plan.objective_s)} ms" in loaded.explain()
+    if plan.vocabulary is not None:
+        assert "vocabulary ms" in loaded.explain()
+        spent = [timeline.seconds[device, "vocabulary"] for device in timeline.devices]
+        expected = [plan.num_microbatches * stage.vocabulary_s for stage in plan.stages]
+        assert spent == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
