@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
@@ -197,10 +198,13 @@ class _Run:
     def _backward(self, loss: Tensor) -> Tensor:
         model = self.captured.model
         versions = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
-        named = [(f"gradient of {n}", p) for n, p in model.named_parameters() if p.requires_grad]
-        hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in named
-        ]
+        # Hooks of the graph's nodes, which die with it: a parameter that ever had a hook of its own
+        # is known to have one, and its gradients are no longer added within the product.
+        nodes = [
+            (get_gradient_edge(p).node, partial(self._take, f"gradient of {n}", p))
+            for n, p in model.named_parameters() if p.requires_grad
+        ]  # fmt: skip
+        hooks = [node.register_hook(take) for node, take in nodes]
         try:
             loss.backward()
         except RuntimeError as error:
@@ -219,7 +223,7 @@ class _Run:
         )  # fmt: skip
         return loss.detach()
 
-    def _take(self, name: str, parameter: Tensor) -> None:
+    def _take(self, name: str, parameter: Tensor, *_: object) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         gradient = gradient.to_dense()

@@ -102,6 +102,22 @@ def save_plan(plan: Plan, path: Path | None, *, quiet: bool = False) -> None:
         typer.echo(f"plan written to {path}", err=quiet)
 
 
+def read_shares(text: str | None) -> Any:
+    """Return what ``--vocabulary`` says, for :func:`ipu_pipeline.plan`, which checks it.
+
+    Raises:
+        ValueError: It is neither a word nor numbers with commas.
+    """
+    if text is None or text.isalpha():
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--vocabulary is {text!r}; give auto, even, or one share for each stage, such as 1,1,2"
+        ) from None
+
+
 def read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:
     """Return the config that the three options describe, ``None`` when all are absent."""
     from ipu_pipeline.backends.ipu.config import IPUConfig, find_config

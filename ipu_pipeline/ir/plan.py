@@ -78,6 +78,7 @@ class PlannedStage:
         in_flight: Most microbatches whose activations it holds at one time.
         weight_bytes: Part of ``memory_bytes`` that never changes.
         stash_bytes: Part of ``memory_bytes`` for each microbatch in flight.
+        vocabulary_s: Predicted seconds of one microbatch's part of a vocabulary that is spread.
     """
 
     device: int
@@ -93,6 +94,31 @@ class PlannedStage:
     stash_bytes: Count = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     offload: tuple[str, ...] = ()
+    vocabulary_s: Amount = 0.0
+
+
+@dataclass(frozen=True)
+class VocabularyRows:
+    """Which stage holds which rows of the vocabulary's tables.
+
+    They are those of the output projection whose logits only the loss reads, and of every lookup
+    in the same table or in one of as many rows.
+
+    Attributes:
+        rows: Stage, first row and the one behind the last of every share, in the order of the rows.
+    """
+
+    rows: tuple[tuple[Count, Count, Count], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of rows of a table."""
+        return self.rows[-1][2]
+
+    @property
+    def by_stage(self) -> Mapping[int, tuple[int, int]]:
+        """First row and the one behind the last of every stage that holds some."""
+        return {stage: (first, end) for stage, first, end in self.rows}
 
 
 @dataclass(frozen=True)
@@ -113,6 +139,8 @@ class Plan:
         settings: The backend's own settings, as JSON data.
         batch_axes: Axis of samples by input, where the user has said it; ``None``: every
             microbatch gets that input whole.
+        vocabulary: How output projection, loss and input embeddings are spread over stages;
+            ``None``: blocks are whole.
         objective_s: Predicted seconds of one optimizer step.
         lower_bound_s: Proven: no split within the constraints is predicted faster; 0: not known.
         binding: What limits the plan, readable.
@@ -139,6 +167,7 @@ class Plan:
     misfits: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions(), hash=False)
     decision_digest: str = ""
+    vocabulary: VocabularyRows | None = None
 
     @property
     def num_stages(self) -> int:
@@ -184,11 +213,13 @@ class Plan:
 
     def digest(self) -> str:
         """Digest of the run (machine, settings, schedule, counts), a dash, and of the stages."""
-        decisions = [
+        decisions: list[list[Any]] = [
             [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items()),
              sorted(stage.table_slices.items()), *([sorted(stage.offload)] * bool(stage.offload))]
             for stage in self.stages
         ]  # fmt: skip
+        if self.vocabulary is not None:
+            decisions.append(["vocabulary", *self.vocabulary.rows])
         run = [self.machine.fingerprint(), to_json(self.settings), self.schedule, self.num_stages,
                self.num_microbatches, self.replicas]  # fmt: skip
         texts = (json.dumps(part, sort_keys=True) for part in (run, decisions))

@@ -2,10 +2,14 @@
 
 Actions: forward pass (F), whole backward pass (B), or its two halves: gradients of the inputs
 (I), which the stage before waits for, and gradients of the weights (W), which nobody waits for.
+Where the vocabulary is spread over stages, each that holds rows has two more: the softmax of its
+part of the logits (S), which the last stage's backward pass waits for, and the gradient of its
+rows (T), behind that pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,7 +17,7 @@ from typing import Literal
 
 from ipu_pipeline.errors import VerifyError
 
-ActionKind = Literal["F", "B", "I", "W"]
+ActionKind = Literal["F", "B", "I", "W", "S", "T"]
 
 
 @dataclass(frozen=True, order=True)
@@ -42,12 +46,18 @@ class Schedule:
         num_stages: Pipeline depth.
         num_microbatches: Microbatches per optimizer step.
         rows: One row of actions per device.
+        spread: Stages that hold rows of the vocabulary.
     """
 
     name: str
     num_stages: int
     num_microbatches: int
     rows: tuple[tuple[Action, ...], ...]
+    spread: tuple[int, ...] = ()
+
+    def requirements(self, action: Action) -> frozenset[Action]:
+        """Return the results that ``action`` waits for."""
+        return requirements(action, self.num_stages, self.spread)
 
     def to_csv(self) -> str:
         """Return one line per device, actions separated by commas."""
@@ -60,7 +70,7 @@ class Schedule:
     @cached_property
     def peaks_in_flight(self) -> tuple[int, ...]:
         """:meth:`peak_in_flight` of every stage."""
-        change = {"F": 1, "B": -1, "I": 0, "W": -1}
+        change = {"F": 1, "B": -1, "I": 0, "W": -1, "S": 0, "T": 0}
         peak, current = [0] * self.num_stages, [0] * self.num_stages
         for action in chain.from_iterable(self.rows):
             current[action.stage] += change[action.kind]
@@ -79,7 +89,7 @@ class Schedule:
         while any(left):
             before = len(order)
             for row in left:
-                while row and requirements(row[-1], self.num_stages) <= done:
+                while row and self.requirements(row[-1]) <= done:
                     order.append(row.pop())
                     done.add(order[-1].result)
             if len(order) == before:
@@ -88,13 +98,18 @@ class Schedule:
         return tuple(order)
 
 
-def requirements(action: Action, num_stages: int) -> frozenset[Action]:
+def requirements(action: Action, num_stages: int, spread: Sequence[int] = ()) -> frozenset[Action]:
     """Return the results (:attr:`Action.result`) that ``action`` waits for.
 
     ``F`` of a stage needs ``F`` of the stage before; ``B`` and ``I`` need their own ``F`` and
-    the gradient from the stage behind; ``W`` needs its own ``I``.
+    the gradient from the stage behind; ``W`` needs its own ``I``. ``S`` needs ``F`` of the last
+    stage, whose ``B`` needs ``S`` of all stages in ``spread``; ``T`` needs both.
     """
     stage, microbatch = action.stage, action.microbatch
+    if action.kind == "S":
+        return frozenset({Action(num_stages - 1, "F", microbatch)})
+    if action.kind == "T":
+        return frozenset({Action(stage, "S", microbatch), Action(num_stages - 1, "B", microbatch)})
     if action.kind == "F":
         return frozenset({Action(stage - 1, "F", microbatch)} if stage > 0 else ())
     if action.kind == "W":
@@ -102,4 +117,6 @@ def requirements(action: Action, num_stages: int) -> frozenset[Action]:
     needed = {Action(stage, "F", microbatch)}
     if stage < num_stages - 1:
         needed.add(Action(stage + 1, "B", microbatch))
+    else:
+        needed.update(Action(other, "S", microbatch) for other in spread)
     return frozenset(needed)

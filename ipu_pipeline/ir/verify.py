@@ -26,6 +26,7 @@ def verify_plan(plan: Plan) -> None:
     _verify_order(plan)
     verify_state(plan.graph.state, plan.stage_of)
     _verify_annotations(plan)
+    _verify_vocabulary(plan)
 
 
 def verify_state(state: Iterable[SharedState], stage_of: Mapping[str, int]) -> None:
@@ -170,3 +171,28 @@ def _verify_slices(plan: Plan) -> None:
                 f"the stages hold slices {ranges} of {name!r}, which has {factor}; together they "
                 "must hold each once, in order, and each stage at least one"
             )
+
+
+def _verify_vocabulary(plan: Plan) -> None:
+    """Check rows that are spread: all once, in order, and no stage has two shares."""
+    if plan.vocabulary is None:
+        return
+    rows = plan.vocabulary.rows
+    wrong = [str(stage) for stage, _, _ in rows if stage >= plan.num_stages]
+    if wrong or not rows:
+        raise PlanError(
+            f"the vocabulary is spread over stages {listed(wrong) or 'none'}, but the plan has "
+            f"stages 0 to {plan.num_stages - 1}; name these, or leave vocabulary out"
+        )
+    stages = [stage for stage, _, _ in rows]
+    if len(set(stages)) < len(stages):
+        raise PlanError(
+            f"the vocabulary's rows are in stages {stages}; a stage may hold one share only"
+        )
+    starts, ends = [first for _, first, _ in rows], [0, *(end for _, _, end in rows[:-1])]
+    if starts != ends or any(first >= end for _, first, end in rows):
+        ranges = listed(f"{first} to {end}" for _, first, end in rows)
+        raise PlanError(
+            f"the stages hold rows {ranges} of the vocabulary; together they must hold each once, "
+            "in order, from 0 on, and each stage at least one"
+        )

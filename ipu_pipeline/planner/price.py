@@ -17,6 +17,8 @@ from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
+from ipu_pipeline.planner.options.vocabulary import check_vocabulary
+from ipu_pipeline.planner.options.vocabulary_shares import with_shares
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
@@ -51,7 +53,12 @@ class PlanPrice:
 
 
 def price(plan: Plan) -> PlanPrice:
-    """Return the price of ``plan``, from the plan alone; it need not fit."""
+    """Return the price of ``plan``, from the plan alone; it need not fit.
+
+    Raises:
+        PlanError: Its vocabulary cannot be spread so.
+    """
+    check_vocabulary(plan)
     return backend_of(plan.machine).step(plan)
 
 
@@ -73,6 +80,7 @@ def priced(plan: Plan, lower_bound_s: float | None = None) -> Plan:
             forward_s=load.forward_s,
             backward_s=load.backward_s,
             transfer_s=load.copies.forward_s + load.copies.backward_s,
+            vocabulary_s=load.softmax_s + load.rows_s,
             memory_bytes=load.memory_bytes,
             in_flight=load.in_flight,
             weight_bytes=load.weight_bytes,
@@ -104,7 +112,10 @@ def check_runs(plan: Plan) -> None:
         raise PlanError(wrong)
     devices = [stage.device for stage in plan.stages]
     training, have = plan.graph.training, len(plan.machine.devices)
-    shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
+    shape = PipelineShape.of(
+        plan.num_stages, plan.num_microbatches, devices, training=training,
+        spread=spread_stages(plan),
+    )  # fmt: skip
     wrong = schedule_kind(plan.schedule).problem(shape)
     needed = len(set(devices)) * plan.replicas
     if not wrong and needed > have:
@@ -159,7 +170,9 @@ def _unpriced(
     granularity: Granularity,
 ) -> Plan:
     run, settings = (work.num_microbatches, work.replicas), work.settings
+    vocabulary = None
     if isinstance(stages, Partition):
+        vocabulary = stages.vocabulary
         run = (stages.num_microbatches, stages.replicas)
         settings = stages.settings or settings
         stages = stages.stages
@@ -174,11 +187,16 @@ def _unpriced(
         granularity=granularity,
         measured_s=work.measured_s,
         settings=json.loads(json.dumps(to_json(settings))),
+        vocabulary=vocabulary,
     )
 
 
 def workload_of(plan: Plan) -> Workload:
-    """Return what a plan runs, with prices asked for its numbers of slices."""
+    """Return what a plan runs, with prices asked for its numbers of slices.
+
+    Its shares of the vocabulary are blocks of the graph.
+    """
+    plan, _ = with_shares(plan)
     factors = factors_of(plan)
     sliced = [name for name, factor in factors.items() if factor > 1]
     return Workload(
@@ -232,8 +250,9 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
     loads = found.loads
     devices = [load.device for load in loads]
     shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training
-    )
+        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training,
+        spread=spread_stages(plan),
+    )  # fmt: skip
     passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.price for load in loads])
     by_device: Counter[int] = Counter()
     for load, seconds in zip(loads, found.once_s, strict=True):
@@ -248,6 +267,11 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         recompute=tuple(stage.recompute for stage in found.split.stages),
         source=costs.source,
     )
+
+
+def spread_stages(plan: Plan) -> tuple[int, ...]:
+    """Return the stages that hold rows of the vocabulary, ascending; none where it is whole."""
+    return () if plan.vocabulary is None else tuple(sorted(plan.vocabulary.by_stage))
 
 
 def memory_misfits(machine: Machine, loads: tuple[StageLoad, ...]) -> tuple[str, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipu_pipeline.capture import capture, check
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.linear import adding_to_grad
 from tests.capture.toys import WIDTH, Layer, Toy, batch, last, toy
 
 
@@ -80,3 +85,28 @@ def test_hashes_tell_values_and_shapes_apart() -> None:
     assert len(hashes) == 5
     assert check._hash(values.T) == check._hash(values.T.contiguous())
     assert check._hash(torch.ones(())) == check._hash(torch.ones(()))
+
+
+def test_parameters_are_left_without_hooks_so_that_gradients_are_added_in_the_product() -> None:
+    """A parameter that once had a hook keeps an empty one, and every step then adds apart."""
+    if not extension.state().usable:
+        pytest.skip("without the kernels torch adds gradients")
+    model = made()
+    capture(model, batch())
+    added: list[torch.Size] = []
+
+    class Additions(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.add_.Tensor:
+                added.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    weight = model.layers[0].linear.weight
+    weight.grad = torch.zeros_like(weight)
+    product = torch.ops.ipu_pipeline.linear(torch.ones(3, WIDTH), weight)
+    with adding_to_grad(), Additions():
+        product.sum().backward()
+    assert not added
+    assert torch.equal(weight.grad, torch.full_like(weight, 3.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from ipu_pipeline.errors import StageError
 from ipu_pipeline.train import process_steps
 from tests.backends.cluster import trainer_jobs
 from tests.backends.cluster.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
@@ -108,15 +100,11 @@ def test_code_around_the_model(two, tmp_path) -> None:
 
 
 @pytest.mark.acceptance
-def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+def test_copies_of_the_pipeline_share_the_batch(four, tmp_path) -> None:
     """Every process reads whole batches, or the share of its copy."""
-    four = Processes(4)
-    try:
-        for batches in ("whole", "share"):
-            (tmp_path / batches).mkdir()
-            compare(four, "copied", tmp_path / batches, batches=batches)
-    finally:
-        four.close()
+    for batches in ("whole", "share"):
+        (tmp_path / batches).mkdir()
+        compare(four, "copied", tmp_path / batches, batches=batches)
 
 
 @pytest.mark.acceptance

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ipu_pipeline.backends.ipu.check import MOST_IPUS, NO_BATCH, config_problems, devices_problems
+from ipu_pipeline.backends.ipu.check import (
+    MOST_IPUS,
+    NO_BATCH,
+    config_problems,
+    devices_problems,
+    vocabulary_problems,
+)
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import (
@@ -138,8 +144,11 @@ class IPUBackend(Backend):
         """Price every IPU and the cycles of the step as a whole.
 
         Raises:
-            PartitionError: Slices do not divide a table, or single blocks are to be recomputed.
+            PartitionError: Slices do not divide a table, single blocks are to be recomputed, or
+                the vocabulary is spread over stages.
         """
+        for problem in vocabulary_problems(plan):
+            raise PartitionError(problem)
         found = prediction_of(plan)
         time, last = found.time, set(found.layout.stages[-1].blocks)
         return PlanPrice(

@@ -179,6 +179,21 @@ def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     yield from table_problems(plan)
 
 
+def vocabulary_problems(plan: Plan) -> Iterator[str]:
+    """Say why a vocabulary that is spread over stages cannot run on IPUs."""
+    if plan.vocabulary is not None:
+        yield (
+            "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
+            "step, each block on one: no pass of its own, in which every IPU works on one "
+            "microbatch's loss, fits between forward and backward pass; plan without vocabulary, "
+            "and serialize the head and the embeddings (serialize_projection, serialize_embedding)"
+        )
+
+
+def _vocabulary(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    yield from vocabulary_problems(plan)
+
+
 def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     position = {block.name: index for index, block in enumerate(plan.blocks)}
     last, before = -1, ""
@@ -263,6 +278,7 @@ RULES: tuple[Rule, ...] = (
     _tied,
     _order,
     _tables,
+    _vocabulary,
     _configuration,
     _scaling,
     _clipping,

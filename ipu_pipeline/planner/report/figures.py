@@ -24,6 +24,7 @@ from ipu_pipeline.planner.schedules.timeline import (
 COLOURS = {
     "forward": "#0072B2",
     "backward": "#E69F00",
+    "vocabulary": "#F0E442",
     "copy": "#009E73",
     "sync": "#D5D8DC",
     "update": "#CC79A7",
@@ -36,6 +37,7 @@ COLOURS = {
 LABELS: dict[EventKind, str] = {
     "forward": "forward",
     "backward": "backward",
+    "vocabulary": "vocabulary",
     "copy": "copy",
     "sync": "waiting at a sync",
     "update": "update, all-reduce",
@@ -157,7 +159,7 @@ def _stacked(
 def share_figure(plan: Plan, timeline: Timeline) -> Any:
     """Draw how every device spends the step."""
     names = device_names(plan, timeline)
-    kinds: tuple[EventKind, ...] = ("forward", "backward", "copy", "update")
+    kinds: tuple[EventKind, ...] = ("forward", "backward", "vocabulary", "copy", "update")
     parts = [
         (LABELS[kind], kind, [100 * timeline.share(device, kind) for device in names])
         for kind in kinds
@@ -182,6 +184,7 @@ def stage_figure(plan: Plan, timeline: Timeline) -> Any:
     parts = {
         "forward": [1e3 * load.forward_s for load in loads],
         "backward": [1e3 * load.backward_s for load in loads],
+        "vocabulary": [1e3 * (load.softmax_s + load.rows_s) for load in loads],
         "copy": [1e3 * (load.copies.forward_s + load.copies.backward_s) for load in loads],
     }
     figure = _stacked(

@@ -13,8 +13,9 @@ from ipu_pipeline.planner.schedules.timeline import Timeline, pace
 
 WIDTH = 96  # characters of the drawn timeline
 _PACES = 24  # microbatches that it shows at least; 4 characters each
-_LETTERS = {"forward": "F", "backward": "B", "copy": "-", "sync": ".", "update": "U"}
-_LEGEND = "F forward, B backward, - copy, . sync, U update, blank idle"
+_LETTERS = {"forward": "F", "backward": "B", "vocabulary": "V", "copy": "-", "sync": ".",
+            "update": "U"}  # fmt: skip
+_LEGEND = "F forward, B backward, {}- copy, . sync, U update, blank idle"
 
 
 def text_report(plan: Plan) -> str:
@@ -95,7 +96,9 @@ def drawn(plan: Plan, timeline: Timeline, width: int = WIDTH) -> str:
         if event.start_s < shown_s:
             _fill(cells[event.device], event.kind, event.start_s * scale, event.end_s * scale)
     what = "the whole step" if shown_s == timeline.step_s else "the start of the step"
-    lines = [f"{what}, {milliseconds(shown_s)} ms: {_LEGEND}"]
+    spread = any(event.kind == "vocabulary" for event in timeline.events)
+    legend = _LEGEND.format("V vocabulary, " if spread else "")
+    lines = [f"{what}, {milliseconds(shown_s)} ms: {legend}"]
     for device, name in zip(timeline.devices, names, strict=True):
         lines.append(f"{name:{margin}} |{''.join(map(_letter, cells[device]))}|")
     return "\n".join(lines)

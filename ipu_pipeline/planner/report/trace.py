@@ -21,6 +21,7 @@ from ipu_pipeline.planner.schedules.timeline import Event, Timeline
 _COLOURS = {
     "forward": "thread_state_running",
     "backward": "thread_state_iowait",
+    "vocabulary": "rail_animation",
     "copy": "thread_state_runnable",
     "sync": "grey",
     "update": "cq_build_passed",
@@ -65,7 +66,7 @@ def _names(plan: Plan, timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 def _complete(event: Event) -> dict[str, Any]:
     arguments = {"stage": event.stage, "microbatch": event.microbatch}
-    letter = {"forward": "F", "backward": "B"}.get(event.kind)
+    letter = {"forward": "F", "backward": "B", "vocabulary": "V"}.get(event.kind)
     return {
         "ph": "X",
         "pid": 0,

@@ -9,7 +9,12 @@ from functools import lru_cache
 from ipu_pipeline.ir.limits import LIMITS, check_count
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.objective import Objective, Path
-from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+from ipu_pipeline.planner.schedules.rows import (
+    forward_passes,
+    one_forward_ahead,
+    one_row_per_device,
+)
+from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,14 @@ class PipelineShape:
         num_microbatches: Microbatches per optimizer step, at least 1.
         devices: Device of every stage.
         training: Whether there are backward passes.
+        spread: Stages that hold rows of the vocabulary.
     """
 
     num_stages: int
     num_microbatches: int
     devices: tuple[int, ...]
     training: bool = True
+    spread: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -36,6 +43,7 @@ class PipelineShape:
         devices: Sequence[int] | None = None,
         *,
         training: bool = True,
+        spread: Sequence[int] = (),
     ) -> PipelineShape:
         """Check the numbers; ``devices=None``: a device each.
 
@@ -50,7 +58,7 @@ class PipelineShape:
             raise ValueError(
                 f"stage_devices has {len(given)} entries for {num_stages} stages; give one each"
             )
-        return cls(num_stages, num_microbatches, given, training)
+        return cls(num_stages, num_microbatches, given, training, tuple(spread))
 
     @property
     def num_devices(self) -> int:
@@ -151,6 +159,12 @@ class ScheduleKind:
 
     def problem(self, shape: PipelineShape) -> str:
         """Return why the schedule cannot run so, with the remedy; empty: it can."""
+        if self.lock_stepped and shape.spread:
+            return (
+                f"schedule {self.name} runs all devices in lock step, which leaves no place for "
+                "the passes of a vocabulary that is spread over stages; use another schedule, or "
+                "plan without vocabulary"
+            )
         if not self.any_devices:
             expected = self.place(shape.num_stages, shape.num_devices)
             if expected is None:
@@ -181,6 +195,7 @@ class ScheduleKind:
         """
         self._accept(shape)
         passes = (3 if self.splits_backward else 2) if shape.training else 1
+        passes += 2 * bool(shape.spread)
         if passes * shape.num_stages * shape.num_microbatches > LIMITS["actions"]:
             raise ValueError(
                 f"{shape.num_microbatches} microbatches x {shape.num_stages} stages are too many "
@@ -203,7 +218,8 @@ class ScheduleKind:
         if not shape.training:
             return (1,) * shape.num_stages
         if self.make_in_flight is not None:
-            return tuple(self.make_in_flight(shape))
+            count, more = shape.num_microbatches, min(1, len(shape.spread))
+            return tuple(min(kept + more, count) for kept in self.make_in_flight(shape))
         self._accept(shape)
         return _counted(self, shape)
 
@@ -224,7 +240,9 @@ class ScheduleKind:
 @lru_cache(maxsize=64)
 def _rows(kind: ScheduleKind, shape: PipelineShape) -> Schedule:
     made = kind.make_rows(shape)
-    return one_row_per_device(made if shape.training else forward_passes(made), shape.devices)
+    made = one_forward_ahead(made) if shape.spread else made
+    rows = one_row_per_device(made if shape.training else forward_passes(made), shape.devices)
+    return with_vocabulary(rows, shape.spread)
 
 
 @lru_cache(maxsize=1024)

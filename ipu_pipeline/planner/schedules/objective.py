@@ -36,6 +36,8 @@ class StagePrice:
         picks: Option of each block of the stage, ascending.
         extra_s: Seconds that rows of their own count (copies over a link, for one).
         weights_s: Part of ``backward_s`` that only the gradients of weights need.
+        softmax_s: The softmax over its rows of the vocabulary, where they are spread.
+        rows_s: The gradient of these rows.
     """
 
     forward_s: float
@@ -47,6 +49,8 @@ class StagePrice:
     picks: tuple[int, ...] = ()
     extra_s: tuple[float, ...] = ()
     weights_s: float = 0.0
+    softmax_s: float = 0.0
+    rows_s: float = 0.0
 
     @classmethod
     def split(cls, forward_s: float, backward_s: float, copies_s: float = 0.0) -> StagePrice:
@@ -57,10 +61,10 @@ class StagePrice:
         return cls(forward_s, backward_s, 0.0, copies_s, weights_s=backward_s / 2)
 
     @property
-    def by_kind(self) -> tuple[float, float, float, float]:
-        """Seconds of F, B, I and W."""
-        both_s = self.backward_load_s
-        return self.forward_load_s, both_s, both_s - self.weights_s, self.weights_s
+    def by_kind(self) -> tuple[float, ...]:
+        """Seconds of F, B, I, W, S and T."""
+        both_s, later_s = self.backward_load_s, self.weights_s
+        return self.forward_load_s, both_s, both_s - later_s, later_s, self.softmax_s, self.rows_s
 
     @property
     def forward_load_s(self) -> float:
@@ -75,7 +79,8 @@ class StagePrice:
     @property
     def load_s(self) -> float:
         """Seconds that one microbatch occupies the device."""
-        return self.forward_load_s + self.backward_load_s
+        passes_s = self.forward_load_s + self.backward_load_s
+        return passes_s + self.softmax_s + self.rows_s
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ replayed, and the steady state is continued once it is seen to repeat.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
 from ipu_pipeline.planner.schedules.objective import Path, StagePrice
 
-# Passes by number: 4 x stage + position here.
-KINDS = "FBIW"
+# Passes by number: len(KINDS) x stage + position here.
+KINDS = "FBIWST"
 _MOST_ACTIONS = 60_000
 _SAME = 1e-12
 
@@ -35,6 +35,7 @@ class ReplayProgram:
         numbers: Pass number of every action.
         microbatches: Microbatch of every action.
         sources: Position of the action whose result it waits for on another device, or -1.
+        others: Positions of further ones, by its own.
     """
 
     actions: tuple[Action, ...]
@@ -42,6 +43,7 @@ class ReplayProgram:
     numbers: array[int]
     microbatches: array[int]
     sources: array[int]
+    others: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
@@ -54,19 +56,23 @@ def program(schedule: Schedule) -> ReplayProgram:
     order = schedule.total_order()
     row_of = {stage: n for n, row in enumerate(schedule.rows) for stage in {a.stage for a in row}}
     at: dict[Action, int] = {}
+    more: dict[int, Sequence[int]] = {}
     sources = array("l")
     for position, action in enumerate(order):
-        needed = requirements(action, schedule.num_stages)
+        needed = schedule.requirements(action)
         others = [at[result] for result in needed if result.stage != action.stage]
         own = [at[result] for result in needed if result.stage == action.stage]
         sources.append(others[0] if others else (own[0] if own else -1))
+        if len(others) > 1:
+            more[position] = others[1:]
         at[action.result] = position
     return ReplayProgram(
         order,
         array("l", (row_of[action.stage] for action in order)),
-        array("l", (4 * action.stage + KINDS.index(action.kind) for action in order)),
+        array("l", (len(KINDS) * action.stage + KINDS.index(action.kind) for action in order)),
         array("l", (action.microbatch for action in order)),
         sources,
+        more,
     )
 
 
@@ -80,10 +86,13 @@ def start_times(made: ReplayProgram, seconds: Sequence[float]) -> tuple[list[flo
     free = [0.0] * (max(made.rows) + 1)
     ends: list[float] = []
     starts: list[float] = []
+    others = made.others
     for row, number, source in zip(made.rows, made.numbers, made.sources, strict=True):
         start = free[row]
         if source >= 0 and ends[source] > start:
             start = ends[source]
+        if others and len(starts) in others:
+            start = max(start, *(ends[other] for other in others[len(starts)]))
         end = start + seconds[number]
         free[row] = end
         starts.append(start)
@@ -192,7 +201,7 @@ def _by_microbatch(
     made: ReplayProgram, starts: Sequence[float], shape: PipelineShape
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return when every pass (rows, by number) of every microbatch (columns) starts; NaN: never."""
-    table = np.full((4 * shape.num_stages, shape.num_microbatches), np.nan)
+    table = np.full((len(KINDS) * shape.num_stages, shape.num_microbatches), np.nan)
     table[made.numbers, made.microbatches] = starts
     return table
 
@@ -205,7 +214,7 @@ def _steady_pace(
     It repeats when all passes of as many microbatches as are ever in flight start so much later
     than those of the period before; then the next period does, too.
     """
-    num_stages, middle = len(table) // 4, table.shape[1] // 2
+    num_stages, middle = len(table) // len(KINDS), table.shape[1] // 2
     first = max(period, middle - 2 * num_stages - period)
     if first > middle:
         return None

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Literal
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.price import price, schedule_problem, usable_bytes
+from ipu_pipeline.planner.price import price, schedule_problem, spread_stages, usable_bytes
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
 from ipu_pipeline.planner.schedules.replay import (
@@ -27,10 +26,13 @@ from ipu_pipeline.planner.schedules.replay import (
 from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.schedules.timeline import Event, EventKind, SteadyState, Timeline
+from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 # Microbatches x stages of the largest lock-stepped step whose events are all listed.
 _LISTED = 2**14
 _make = Event._make
+_KINDS = len(KINDS)
+_EVENTS: tuple[EventKind, ...] = ("forward", *["backward"] * 3, *["vocabulary"] * 2)
 
 
 def simulate(plan: Plan, schedule: Schedule | str | None = None) -> Timeline:
@@ -107,7 +109,8 @@ def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
         raise ValueError(
             f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
         )
-    return one_row_per_device(schedule if training else forward_passes(schedule), devices)
+    rows = one_row_per_device(schedule if training else forward_passes(schedule), devices)
+    return rows if rows.spread else with_vocabulary(rows, spread_stages(plan))
 
 
 def plan_shape(plan: Plan, schedule: str | None = None) -> tuple[ScheduleKind, PipelineShape]:
@@ -118,8 +121,9 @@ def plan_shape(plan: Plan, schedule: str | None = None) -> tuple[ScheduleKind, P
     """
     devices = [stage.device for stage in plan.stages]
     shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training
-    )
+        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training,
+        spread=spread_stages(plan),
+    )  # fmt: skip
     wrong = schedule_problem(plan.machine, schedule) if schedule else ""
     if wrong:
         raise ValueError(wrong)
@@ -128,7 +132,7 @@ def plan_shape(plan: Plan, schedule: str | None = None) -> tuple[ScheduleKind, P
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds of the passes by number: ``4 stage`` and the position of its kind in ``FBIW``.
+    """Seconds of the passes by number: stage x kinds, and its kind's place in :data:`KINDS`.
 
     Attributes:
         device: Device.
@@ -153,10 +157,11 @@ class Passes:
         before, compute, after = [], [], []
         for load in loads:
             copies, later = load.copies, load.weights_s
-            back = [copies.gradient_in_s, copies.gradient_in_s, 0.0]
-            before += [copies.activation_in_s, *back]
+            back, none = copies.gradient_in_s, (0.0, 0.0, 0.0)
+            before += [copies.activation_in_s, back, back, *none]
             compute += [load.forward_s, load.backward_s, load.backward_s - later, later]
-            after += [copies.activation_out_s, copies.gradient_out_s, copies.gradient_out_s, 0.0]
+            compute += [load.softmax_s, load.rows_s]
+            after += [copies.activation_out_s, copies.gradient_out_s, copies.gradient_out_s, *none]
         device = tuple(load.device for load in loads for _ in KINDS)
         return cls(device, (*before,), (*compute,), (*after,))
 
@@ -249,15 +254,14 @@ def _append(
     # _make builds the same tuple as Event(...) in half the time; this is the hot loop.
     if begin_s > start_s:
         events.append(_make((device, "copy", stage, microbatch, start_s, begin_s)))
-    kind = "backward" if number & 3 else "forward"
-    events.append(_make((device, kind, stage, microbatch, begin_s, end_s)))
+    events.append(_make((device, _EVENTS[number % _KINDS], stage, microbatch, begin_s, end_s)))
     if passes.after_s[number] > 0:
         free_s = end_s + passes.after_s[number]
         events.append(_make((device, "copy", stage, microbatch, end_s, free_s)))
 
 
 def _number(action: Action) -> int:
-    return 4 * action.stage + KINDS.index(action.kind)
+    return _KINDS * action.stage + KINDS.index(action.kind)
 
 
 def lock_stepped(
@@ -277,7 +281,7 @@ def lock_stepped(
         The events by row, and the end of the last cycle.
     """
     found: list[list[Event]] = [[] for _ in schedule.rows]
-    devices = [passes.device[4 * row[0].stage] for row in schedule.rows]
+    devices = [passes.device[_KINDS * row[0].stage] for row in schedule.rows]
     cycle_s = 0.0
     for cycle in cycles(schedule):
         free = []
@@ -307,8 +311,7 @@ def lock_stepped(
 def _compute(events: list[Event], passes: Passes, action: Action, start_s: float) -> float:
     number = _number(action)
     end_s = start_s + passes.compute_s[number]
-    kind: Literal["forward", "backward"] = "backward" if number & 3 else "forward"
-    device = passes.device[number]
+    device, kind = passes.device[number], _EVENTS[number % _KINDS]
     events.append(Event(device, kind, action.stage, action.microbatch, start_s, end_s))
     return end_s
 

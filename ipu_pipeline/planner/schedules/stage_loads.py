@@ -49,6 +49,8 @@ class StageLoad:
         in_flight: Most microbatches whose stash it holds at one time.
         weights_s: Part of ``backward_s`` that a split backward pass computes later: gradients of
             weights, which no other stage waits for.
+        softmax_s: The softmax over its rows of the vocabulary, where they are spread.
+        rows_s: The gradient of these rows.
     """
 
     device: int
@@ -60,6 +62,8 @@ class StageLoad:
     workspace_bytes: int
     in_flight: int = 1
     weights_s: float = 0.0
+    softmax_s: float = 0.0
+    rows_s: float = 0.0
 
     @property
     def price(self) -> StagePrice:
@@ -67,7 +71,7 @@ class StageLoad:
         copies = self.copies
         return StagePrice(
             self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
-            weights_s=self.weights_s,
+            weights_s=self.weights_s, softmax_s=self.softmax_s, rows_s=self.rows_s,
         )  # fmt: skip
 
     @property

@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 
-EventKind = Literal["forward", "backward", "copy", "sync", "update"]
-KINDS: tuple[EventKind, ...] = ("forward", "backward", "copy", "sync", "update")
+EventKind = Literal["forward", "backward", "vocabulary", "copy", "sync", "update"]
+KINDS: tuple[EventKind, ...] = ("forward", "backward", "vocabulary", "copy", "sync", "update")
+
+_COMPUTING: tuple[EventKind, ...] = ("forward", "backward", "vocabulary")
 
 
 class Event(NamedTuple):
@@ -21,8 +23,9 @@ class Event(NamedTuple):
 
     Attributes:
         device: Position of the device in the machine.
-        kind: ``forward`` and ``backward`` compute, ``copy`` sends or receives, ``sync`` waits for
-            the other devices, ``update`` is everything once per optimizer step.
+        kind: ``forward``, ``backward`` and ``vocabulary`` (its passes) compute, ``copy`` sends or
+            receives, ``sync`` waits for the other devices, ``update`` is everything once per
+            optimizer step.
         stage: Stage it belongs to; ``None`` where it belongs to the whole device.
         microbatch: Its microbatch; ``None`` likewise.
         start_s: Seconds from the start of the optimizer step.
@@ -166,11 +169,11 @@ class Timeline:
 
     def busy_share(self, device: int) -> float:
         """Share of the step in which ``device`` computes."""
-        return self.share(device, "forward", "backward")
+        return self.share(device, *_COMPUTING)
 
     def idle_share(self, device: int) -> float:
         """Share of the step in which ``device`` waits for others, in a sync or without one."""
-        return max(0.0, 1.0 - self.share(device, "forward", "backward", "copy", "update"))
+        return max(0.0, 1.0 - self.share(device, *_COMPUTING, "copy", "update"))
 
     @property
     def bubble_fraction(self) -> float:
@@ -255,7 +258,7 @@ def pace(timeline: Timeline) -> float:
     """Seconds per microbatch of the busiest device, which all others follow."""
     total = dict.fromkeys(timeline.devices, 0.0)
     for load in timeline.loads:
-        total[load.device] += load.price.load_s
+        total[load.device] += load.price.load_s + load.softmax_s + load.rows_s
     return max(total.values())
 
 

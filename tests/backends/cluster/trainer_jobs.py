@@ -273,7 +273,7 @@ def sliced(folder: str, stages: int) -> dict[str, Any]:
     """
     several = dist.is_initialized()
     number = stages if several else 2
-    rows = [{n: v[0].tolist() for n, v in TINY["llama"].build(batch_size=1, seed=i)[1].items()}
+    rows = [{n: v[0].tolist() for n, v in TINY["llama"].batch(batch_size=1, seed=i).items()}
             for i in range(14)]  # fmt: skip
     _, plan, _ = built("llama", num_stages=number, microbatches=2, tp=2 if several else 1)
 

@@ -19,7 +19,7 @@ from ipu_pipeline.backends.ipu.settings import (
 )
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.errors import LoweringError, PartitionError
-from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.plan import Plan, PlannedStage, VocabularyRows
 from tests.tiny_models import TINY
 
 
@@ -246,3 +246,11 @@ def test_notes(change: Callable[[Plan], Any], message: str) -> None:
 
 def test_powers_of_two() -> None:
     assert [n for n in range(18) if is_power_of_two(n)] == [1, 2, 4, 8, 16]
+
+
+def test_a_vocabulary_spread_over_stages() -> None:
+    plan = replace(_plan(), vocabulary=VocabularyRows(((0, 0, 50), (1, 50, 99))))
+    _refused("PopART runs all IPUs of a pipeline in lock step", plan)
+    model, batch = TINY["gpt2-lm"].build(device="meta")
+    with pytest.raises(PartitionError, match=r"lock step.*plan without vocabulary"):
+        ipp.plan(model, batch, machine="pod4", num_stages=2, vocabulary="even")
