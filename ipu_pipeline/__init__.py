@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.planner.search import Constraints
     from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult
+    from ipu_pipeline.task_pipeline import pipeline
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "capture": "ipu_pipeline.capture",
     "compile": "ipu_pipeline.compiler",
     "on_meta": "ipu_pipeline.capture.from_config",
+    "pipeline": "ipu_pipeline.task_pipeline",
     "plan": "ipu_pipeline.compiler",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "capture",
     "compile",
     "on_meta",
+    "pipeline",
     "plan",
 ]
 

@@ -332,6 +332,55 @@ class Executable(ABC):
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode without gradients."""
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the model's own ``generate``, in evaluation mode; return what it returns.
+
+        Arguments are those of transformers' ``generate``: inputs, a ``GenerationConfig`` or its
+        fields, logits processors, stopping criteria, a streamer. In processes each of them passes
+        the same ones and gets the same tokens; a stage has the KV cache of its own layers, which
+        is not returned.
+
+        Raises:
+            LoweringError: The model does not generate, or the target cannot run it.
+            StageError: A process failed.
+        """
+        return self._call_model("generate", [(args, kwargs)])[0]
+
+    def generate_parts(self, parts: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[Any]:
+        """Generate for batches of any shapes, which are in flight together where ranks are several.
+
+        Args:
+            parts: Inputs of each, by name.
+            **kwargs: What is the same for all, as for :meth:`generate`.
+
+        Returns:
+            What :meth:`generate` alone returns for each: all draw from torch's generators as they
+            are now.
+        """
+        return self._call_model("generate", [((), {**part, **kwargs}) for part in parts])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model in evaluation mode, without gradients, for inputs of any shape.
+
+        The model's own code runs as a whole, so that nothing is captured. In processes each of
+        them passes the same arguments and gets the same result, without caches.
+
+        Raises:
+            LoweringError: The target cannot run it.
+            StageError: A process failed.
+        """
+        return self._call_model("forward", [(args, kwargs)])[0]
+
+    def _call_model(
+        self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> list[Any]:
+        del calls
+        raise LoweringError(
+            f"this target runs programs that are compiled for fixed shapes, and those of {name} "
+            "change from call to call (generate's with every token); compile a model with the "
+            "weights of state_dict() for target='local', or use eval_step"
+        )
+
     def share_of(self, num_samples: int) -> slice:
         """Return which samples of a batch this process passes to a training step."""
         return slice(num_samples)

@@ -90,7 +90,10 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     facts["stages"], facts["difference"] = (), 0.0
     depths = sorted({min(depth, facts["blocks"]) for depth in STAGES})
     for depth in depths:
-        plan = _planned(captured, depth)
+        try:
+            plan = planned(captured, depth)
+        except Exception as error:
+            raise _Finding("plan-refused", f"{depth} stages: {one_line(error)}") from error
         worst, where = _trained(model, plan, parts, expected)
         facts["difference"] = max(facts["difference"], worst)
         if not worst <= ALLOWED:
@@ -140,14 +143,12 @@ def _captured(model: nn.Module, part: Batch, facts: dict[str, Any]) -> CapturedM
     return captured
 
 
-def _planned(captured: CapturedModel, depth: int) -> Plan:
+def planned(captured: CapturedModel, depth: int) -> Plan:
+    """Return the plan of a class for ``depth`` stages."""
     limits = Constraints(num_stages=depth, num_microbatches=MICROBATCHES)
-    try:
-        work = Workload(captured.graph, _MACHINE, limits.schedule, limits.num_microbatches)
-        partition = solve(captured.graph, counted_costs(work), _MACHINE, limits)
-        return make_plan(model_identity(captured.model), work, partition)
-    except Exception as error:
-        raise _Finding("plan-refused", f"{depth} stages: {one_line(error)}") from error
+    work = Workload(captured.graph, _MACHINE, limits.schedule, limits.num_microbatches)
+    partition = solve(captured.graph, counted_costs(work), _MACHINE, limits)
+    return make_plan(model_identity(captured.model), work, partition)
 
 
 def _trained(

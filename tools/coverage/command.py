@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def coverage_command(
+def coverage_command(  # noqa: PLR0913 - options of one command
     classes: Annotated[
         str,
         typer.Option("--classes", help="Name, architecture or task, with wildcards."),
@@ -43,6 +43,10 @@ def coverage_command(
         bool,
         typer.Option("--ipus", help="Plan for 2, 4 and 8 IPUs, and emit what is planned, instead."),
     ] = False,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Generate on ranks for 2 and 4 stages instead."),
+    ] = False,
     time_limit: Annotated[
         float, typer.Option("--time-limit", min=1.0, help="Seconds for one class.")
     ] = 60.0,
@@ -52,6 +56,7 @@ def coverage_command(
     from tools.coverage.classes import model_classes
     from tools.coverage.classes import sample as spread
     from tools.coverage.emitted import check_emitted
+    from tools.coverage.generated import check_generated, generates
     from tools.coverage.session import check_all
 
     try:
@@ -60,10 +65,11 @@ def coverage_command(
             page, journal = output.with_suffix(".md"), output.with_suffix(".jsonl")
             outputs = {"--output": output, "its page": page, "its journal": journal}
             check_outputs(outputs, force=True)
-        chosen = model_classes(classes)
+        check = check_emitted if ipus else check_generated if generate else None
+        known = [item for item in model_classes() if not generate or generates(item)]
+        chosen = [item for item in model_classes(classes) if item in known]
         if sample is not None:
             chosen = spread(chosen, sample)
-        check = check_emitted if ipus else None
         records = check_all(
             chosen,
             jobs=jobs,
@@ -72,6 +78,7 @@ def coverage_command(
             time_limit_s=time_limit,
             check=check,
             at_most=at_most,
+            total=len(known),
         )
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)

@@ -29,6 +29,7 @@ def check_all(
     time_limit_s: float = 60.0,
     check: Check | None = None,
     at_most: int | None = None,
+    total: int = 0,
 ) -> list[Record]:
     """Check ``items``; write ``output`` and the Markdown page beside it.
 
@@ -40,6 +41,7 @@ def check_all(
         time_limit_s: Of one class.
         check: Another check than one step of training; its page says less.
         at_most: Check so many of those that are left, and write what is known then.
+        total: Classes that there are for the check; 0: as many as ``items``.
 
     Returns:
         What is known, in the order of ``items``.
@@ -70,7 +72,8 @@ def check_all(
     records = [found[item.name] for item in items if item.name in found]
     if output is not None and path is not None:
         write_json(output, records, versions)
-        write_markdown(output.with_suffix(".md"), records, versions, emitted=check is not None)
+        name = "" if check is None else check.__name__
+        write_markdown(output.with_suffix(".md"), records, versions, name, total or len(items))
         if len(records) == len(items):
             path.unlink()
     return records

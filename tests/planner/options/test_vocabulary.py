@@ -79,14 +79,15 @@ def test_the_plan_keeps_its_rows(tmp_path: Path) -> None:
     made = ipp.plan(model, batch, num_stages=2, vocabulary="even")
     assert made.vocabulary is not None
     size = made.vocabulary.size
+    middle = round(size / 2)
     path = tmp_path / "plan.json"
     made.save(path)
     assert json.loads(path.read_text())["vocabulary"]["rows"] == [
-        [0, 0, size // 2],
-        [1, size // 2, size],
+        [0, 0, middle],
+        [1, middle, size],
     ]
     assert Plan.load(path) == made
-    assert f"vocabulary spread: rows 0-{size // 2 - 1} (stage 0)" in made.explain()
+    assert f"vocabulary spread: rows 0-{middle - 1} (stage 0)" in made.explain()
     assert replace(made, vocabulary=None).edited
     with pytest.raises(PlanError, match=rf"spreads 4 rows of the vocabulary.* has {size}"):
         check_vocabulary(replace(made, vocabulary=VocabularyRows(((0, 0, 2), (1, 2, 4)))))
@@ -99,5 +100,5 @@ def test_the_command_line_reads_shares() -> None:
     assert read_shares(None) is None
     assert read_shares("even") == "even"
     assert read_shares("1,2.5") == [1.0, 2.5]
-    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give even, or one share"):
+    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give auto, even, or one share"):
         read_shares("1,x")

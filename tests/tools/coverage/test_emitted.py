@@ -53,6 +53,6 @@ def test_a_plan_that_emit_refuses_is_a_result(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(emitted, "emit", refuse)
     found = emitted.check_emitted(item)
     assert (found.result, found.reason) == ("emit-refused", "2 stages: LoweringError: not so")
-    page = markdown([found], {"torch": "2", "transformers": "5"}, emitted=True)
+    page = markdown([found], {"torch": "2", "transformers": "5"}, "check_emitted")
     assert "every plan is written as a bundle" in page
     assert "SqueezeBertForQuestionAnswering | squeezebert | emit-refused | 2 stages: Low" in page

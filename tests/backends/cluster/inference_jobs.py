@@ -1,0 +1,89 @@
+"""What the processes of the tests of generation do; results are plain data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.inference import positions_of_weights
+from ipu_pipeline.errors import PipelineError
+from tests.backends.cluster.jobs import built, compiled
+from tests.tiny_models import TINY
+
+LENGTHS = {"max_new_tokens": 6, "min_new_tokens": 6}
+_INPUTS = ("input_ids", "attention_mask", "input_features", "pixel_values")
+
+
+def inputs_of(batch: dict[str, Any], rows: slice = slice(3)) -> dict[str, Any]:
+    return {name: batch[name][rows] for name in _INPUTS if name in batch}
+
+
+def generated(name: str, planned: dict[str, Any], steps: int = 1) -> list[Any]:
+    """Train, then generate in all ways; compare with the trained model alone, of the same seed."""
+    made, batch = compiled(name, planned=planned)
+    given = inputs_of(batch)
+    with made:
+        for _ in range(steps):
+            made.train_step(batch)
+        alone = copy.deepcopy(made.model).eval()
+        alone.load_state_dict(made.state_dict())
+        _spoil(made)
+        found, seed = [], 7 + dist.get_rank()  # that of the first rank counts
+        for way in ({"num_beams": 2}, {"do_sample": True, "top_k": 20}):
+            set_seed(seed)
+            tokens = made.generate(**given, **LENGTHS, **way)
+            after = torch.rand(())
+            set_seed(7)
+            found.append(torch.equal(tokens, alone.generate(**given, **LENGTHS, **way)))
+            found.append(bool(after == torch.rand(())))
+        parts = [inputs_of(batch, slice(n, n + 2)) for n in range(3)]
+        set_seed(seed)
+        tokens = made.generate_parts(parts, do_sample=True, **LENGTHS)
+        for part, own in zip(parts, tokens, strict=True):
+            set_seed(7)
+            found.append(torch.equal(own, alone.generate(**part, do_sample=True, **LENGTHS)))
+        logits = made.forward(**{n: v[:2] for n, v in batch.items()}).logits
+        with torch.no_grad():
+            expected = alone(**{n: v[:2] for n, v in batch.items()}).logits
+        found.append(torch.allclose(logits, expected, atol=1e-5))
+        found.append(
+            not any(m._forward_hooks or m._forward_pre_hooks for m in made.model.modules())
+        )
+        found.append(made.model.training)
+    return found
+
+
+def _spoil(made: Any) -> None:
+    """Make what this rank does not hold NaN, so that it cannot be used unseen."""
+    layout = made.groups.layout
+    for parameter, where in positions_of_weights(made.model, made.plan, layout).items():
+        if not where >> layout.position & 1:
+            parameter.data.fill_(torch.nan)
+
+
+def from_meta(weights: str) -> Any:
+    """Generate with a model on meta, in float32 and where it is refused."""
+    _, plan, batch = built("gpt2-lm", num_stages=2)
+    model, _ = TINY["gpt2-lm"].build(device="meta")
+    refused = []
+    with ipp.compile(model, plan, target="distributed", training=False, weights=weights) as made:
+        tokens = made.generate(**inputs_of(batch), **LENGTHS).tolist()
+        for options in ({"past_key_values": object()}, {"nothing": 1}):
+            with pytest.raises((PipelineError, ValueError)) as caught:
+                made.generate(**inputs_of(batch), **options)
+            refused.append(str(caught.value))
+    return tokens, refused
+
+
+def refused(planned: dict[str, Any], **options: Any) -> str:
+    """Return why a plan or an option does not generate."""
+    made, batch = compiled("gpt2-lm", planned=planned, learning_rate=None, **options)
+    with made, pytest.raises(PipelineError) as caught:
+        made.generate(**inputs_of(batch))
+    return str(caught.value)
