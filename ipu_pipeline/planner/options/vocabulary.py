@@ -39,6 +39,15 @@ def spread_head(graph: BlockGraph) -> FusedHead:
     return max(found, key=lambda head: head.table.rows)
 
 
+def can_spread(graph: BlockGraph) -> bool:
+    """Whether the vocabulary of ``graph`` can be spread."""
+    try:
+        spread_head(graph)
+    except PlanError:
+        return False
+    return True
+
+
 def lookups(graph: BlockGraph, head: FusedHead) -> dict[str, str]:
     """Return the parameter of every block that looks up in the head's table, or one as long."""
     found = {block.name: table_of(graph, block) for block in graph.blocks}

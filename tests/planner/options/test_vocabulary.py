@@ -107,5 +107,5 @@ def test_the_command_line_reads_shares() -> None:
     assert read_shares(None) is None
     assert read_shares("even") == "even"
     assert read_shares("1,2.5") == [1.0, 2.5]
-    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give even, or one share"):
+    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give auto, even, or one share"):
         read_shares("1,x")
