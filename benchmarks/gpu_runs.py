@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from benchmarks.gpu_attention import CoreAttentionPricer
 from benchmarks.gpu_models import CapturedLayers, captured_layers
@@ -23,8 +24,9 @@ from benchmarks.gpu_step import PublishedStep, total_of
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import MEGATRON
 from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
 from ipu_pipeline.backends.cluster.prices.rank_plan import in_stage
-from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.planner.options.vocabulary_shares import VocabularyShares
 
 # Forks of Megatron-LM from before fused attention: SC 2021, and the zero bubble fork of 2023.
 _BEFORE_FUSED_ATTENTION = ("2104.04473", "2401.10241")
@@ -115,17 +117,51 @@ class Run:
             self.stages,
             self.row.schedule,
             self.row.microbatches,
+            shares=self.shares,
             more_in_flight=more,
             in_flight_factor=factor * self.on_device,
             reserved_share=max([1.0, *(n for name, n in _RESERVED.items() if name in source)]),
         )
 
     @cached_property
+    def shares(self) -> tuple[tuple[float, float], ...]:
+        """Seconds of softmax and rows of every stage, where the vocabulary is spread over all."""
+        depth = len(self.chunks)
+        if any(chunk.head != 1 / depth for chunk in self.chunks) or depth == 1:
+            return ()
+        spread = VocabularyShares(self.model.graph)
+        bounds = [round(spread.size * stage / depth) for stage in range(depth + 1)]
+        graph, shares = spread.shared(list(pairwise(bounds)))
+        pricer = replace(self.pricer, graph=graph)
+        link = self.machine.link_between(0, len(self.machine.devices) - 1)
+        kernels = self.machine.devices[0].kernels
+        rate = 1.0 if kernels is None else kernels.link_share
+        link = Link(link.bytes_per_s * rate, link.latency_s)
+        # An interlaced pipeline waits for its messages.
+        overlap = 0.0 if self._interlaced else pricer.engine.tensor_overlap
+        messages = spread.message_s(link, overlap)
+        blocks = [
+            [[pricer.block(graph[name]) for name in names] for names in (one.softmax, one.rows)]
+            for one in shares
+        ]
+        found = [
+            [sum(block.forward_s + block.backward_s for block in part) for part in own]
+            for own in blocks
+        ]
+        return tuple((s + messages[0], rows + messages[1]) for s, rows in found)
+
+    @property
+    def _interlaced(self) -> bool:
+        return "interlaced" in str(self.row.raw.get("note") or "").lower()
+
+    @cached_property
     def stages(self) -> tuple[RankBlock, ...]:
-        """Every stage as one block."""
+        """Every stage as one block; seconds of a vocabulary that is spread are apart."""
         price, model = self.pricer.block, self.model
         first = [in_stage(b, price(b)) for b in model.blocks("embedding", "other")]
         last = [in_stage(b, price(b)) for b in model.blocks("head", "loss")]
+        if self.shares:
+            first, last = ([_without_seconds(block) for block in own] for own in (first, last))
         dense, layer = price(model.layer(0)), price(model.layer(model.num_layers))
         found, done = [], 0
         for chunk in self.chunks:
@@ -182,6 +218,10 @@ class Run:
         sizes = replace(self.row.sizes, recompute=recompute)
         row = replace(self.row, sizes=sizes, assumptions=taken)
         return replace(self, row=row, on_device=on_device)
+
+
+def _without_seconds(block: RankBlock) -> RankBlock:
+    return replace(block, forward_s=0.0, backward_s=0.0)
 
 
 def without_host(machine: Machine) -> Machine:

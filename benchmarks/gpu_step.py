@@ -36,9 +36,18 @@ class PublishedStep(RankStep):
     @classmethod
     def of(
         cls, pricer: RankPricer, stages: Sequence[RankBlock], schedule: str,
-        num_microbatches: int, **more: float,
+        num_microbatches: int, shares: Sequence[tuple[float, float]] = (), **more: float,
     ) -> PublishedStep:  # fmt: skip
-        """Return a step with its stages where the schedule places them, else on rank ``s % pp``."""
+        """Return a step with its stages where the schedule places them, else on rank ``s % pp``.
+
+        Args:
+            pricer: Of the blocks.
+            stages: Every stage as one block.
+            schedule: Name of the schedule.
+            num_microbatches: Of one step.
+            shares: Seconds of softmax and rows of every stage, where the vocabulary is spread.
+            more: Other fields.
+        """
         depth, pp, placed = len(stages), pricer.sizes.pp, None
         if schedule != ZERO_BUBBLE_2P:
             placed = schedule_kind(schedule).place(depth, pp)
@@ -50,9 +59,11 @@ class PublishedStep(RankStep):
         loads = [
             StageLoad(rank, stage.forward_s, stage.backward_s, copies,
                       round(pricer.state_bytes(stage.parameters)), round(stage.saved_bytes),
-                      round(stage.workspace_bytes), number, weights_s=stage.backward_s / 2)
-            for rank, stage, copies, number in zip(
-                ranks, stages, _copies(pricer, ranks), flying, strict=True)
+                      round(stage.workspace_bytes), number, weights_s=stage.backward_s / 2,
+                      softmax_s=softmax_s, rows_s=rows_s)
+            for rank, stage, copies, number, (softmax_s, rows_s) in zip(
+                ranks, stages, _copies(pricer, ranks), flying, shares or [(0.0, 0.0)] * depth,
+                strict=True)
         ]  # fmt: skip
         return cls(
             pricer=pricer,
@@ -61,6 +72,7 @@ class PublishedStep(RankStep):
             schedule=schedule,
             num_microbatches=num_microbatches,
             update_s=tuple(pricer.update_s(stage.parameters) for stage in stages),
+            spread=tuple(range(depth)) if shares else (),
             **more,
         )
 

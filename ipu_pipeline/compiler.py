@@ -24,6 +24,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import (
+    Backend,
     Workload,
     backend_named,
     backend_names,
@@ -57,7 +58,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     passes: str = "",
     batch_axes: Mapping[str, int | None] | None = None,
     settings: Mapping[str, Any] | None = None,
-    vocabulary: Literal["even"] | Sequence[float] | None = None,
+    vocabulary: Literal["auto", "even"] | Sequence[float] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -89,8 +90,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
             weights or of the config, else bfloat16 with float32 weights in the optimizer; that
             of the weights, where they have values), ``optimizer``, ``tp``, ...
         vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
-            the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``None``:
-            blocks are whole.
+            the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``"auto"``:
+            shares that make the step shortest, where that is faster; ``None``: blocks are whole.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -107,16 +108,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
-    if settings and described.devices[0].kernels is None:
-        raise ValueError(
-            f"settings ({', '.join(settings)}) are for GPUs with known kernels, such as h100-x64, "
-            f"and {described.name} has none; leave them out, or plan with another machine"
-        )
-    backend = backend_of(described)
-    backend.check_costs(costs)
-    frozen = captured.glue.unsteady or captured.glue.frozen
-    if frozen and not backend.replays_glue:
-        raise CaptureError(frozen)
+    backend = _backend_for(captured, described, costs, settings)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
         captured.graph,
@@ -128,6 +120,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
+    shares = vocabulary if vocabulary is None or isinstance(vocabulary, str) else (*vocabulary,)
+    limits = replace(limits, vocabulary=shares)
     split = backend.placement(work) if constraints is None else None
     if split is None:
         layers = _layers(captured.graph, config, depth) or limits.layers_per_ipu
@@ -136,14 +130,36 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if vocabulary is not None:
-        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary)
+    if vocabulary not in (None, "auto") and made.vocabulary is None:  # of the backend's own split
+        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary or "even")
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
                 time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,
                 made.num_microbatches, made.objective_s, 100 * made.gap)  # fmt: skip
     return made
+
+
+def _backend_for(
+    captured: CapturedModel, machine: Machine, costs: str, settings: Mapping[str, Any] | None
+) -> Backend:
+    """Return the backend of a machine, if it can price the model so and run it.
+
+    Raises:
+        CaptureError: Its glue would have to be run again.
+        ValueError: It has no such costs, or the settings are not for the machine.
+    """
+    if settings and machine.devices[0].kernels is None:
+        raise ValueError(
+            f"settings ({', '.join(settings)}) are for GPUs with known kernels, such as h100-x64, "
+            f"and {machine.name} has none; leave them out, or plan with another machine"
+        )
+    backend = backend_of(machine)
+    backend.check_costs(costs)
+    frozen = captured.glue.unsteady or captured.glue.frozen
+    if frozen and not backend.replays_glue:
+        raise CaptureError(frozen)
+    return backend
 
 
 def _limits(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,21 @@ class Slices:
 
         Without ``gather`` these stay slices, and the modules refuse to run.
         """
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any tensor of the job is cut."""
+        return self.size > 1
+
+    def writes(self, of: Tensor) -> bool:
+        """Whether this process may write a tensor of which several have a part."""
+        del of
+        return True
+
+    @contextmanager
+    def whole_stand_ins(self) -> Iterator[None]:
+        """Within it, what cannot run on slices has its whole shape, with values without meaning."""
+        yield
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a state dict of whole tensors; all that share them call this."""

@@ -251,7 +251,7 @@ def take_shard(
     tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, LEFT_OUT: {}, OPTIMIZER: {}}
     for turn, (stem, name, parameter, part) in enumerate(found):
         whole = slices.whole(parameter, part)
-        if turn % slices.size == slices.index:
+        if turn % slices.size == slices.index and slices.writes(parameter):
             tensors[stem][name] = whole
     return Shard({stem: on_host(own, copy=copy) for stem, own in tensors.items()}, values)
 

@@ -114,7 +114,7 @@ def read_shares(text: str | None) -> Any:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--vocabulary is {text!r}; give even, or one share for each stage, such as 1,1,2"
+            f"--vocabulary is {text!r}; give auto, even, or one share for each stage, such as 1,1,2"
         ) from None
 
 

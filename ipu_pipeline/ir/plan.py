@@ -78,6 +78,7 @@ class PlannedStage:
         in_flight: Most microbatches whose activations it holds at one time.
         weight_bytes: Part of ``memory_bytes`` that never changes.
         stash_bytes: Part of ``memory_bytes`` for each microbatch in flight.
+        vocabulary_s: Predicted seconds of one microbatch's part of a vocabulary that is spread.
     """
 
     device: int
@@ -93,6 +94,7 @@ class PlannedStage:
     stash_bytes: Count = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     offload: tuple[str, ...] = ()
+    vocabulary_s: Amount = 0.0
 
 
 @dataclass(frozen=True)

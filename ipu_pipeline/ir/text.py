@@ -37,6 +37,12 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f}"
 
 
+def about_megabytes(num_bytes: float) -> str:
+    """Format bytes as megabytes with four digits, more where there are more before the point."""
+    size = max(0.0, num_bytes) / 1e6
+    return f"{size:.4g}" if size < 10_000 else f"{size:.0f}"
+
+
 @dataclass(frozen=True)
 class MemoryUnit:
     """What bytes are shown in.
@@ -163,9 +169,10 @@ def shortened(names: Sequence[str]) -> str:
 
 def stage_table(plan: Plan) -> str:
     """Return one row per stage."""
-    unit = unit_of(plan.machine)
-    columns = ("stage", "device", "blocks", "forward ms", "backward ms", "transfer ms",
-               f"memory {unit.name}", "in flight")  # fmt: skip
+    unit, spread = unit_of(plan.machine), plan.vocabulary is not None
+    columns = ("stage", "device", "blocks", "forward ms", "backward ms",
+               *(["vocabulary ms"] * spread), "transfer ms", f"memory {unit.name}",
+               "in flight")  # fmt: skip
     rows = [
         (
             f"{index}: {describe_blocks(stage)}",
@@ -173,6 +180,7 @@ def stage_table(plan: Plan) -> str:
             str(len(stage.blocks)),
             milliseconds(stage.forward_s),
             milliseconds(stage.backward_s),
+            *([milliseconds(stage.vocabulary_s)] * spread),
             milliseconds(stage.transfer_s),
             unit(stage.memory_bytes),
             str(stage.in_flight),

@@ -92,7 +92,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
     _check_operands(operands)
     options = _Options(ignore_index, label_smoothing, num_slices)
     _check_options(options, reduction)
-    _check_targets(target_N, weight_VH.shape[0], ignore_index)
+    check_targets(target_N, weight_VH.shape[0], ignore_index)
     hold = hold_gradients and torch.is_grad_enabled() and x_NH.dtype is not torch.float16
     return _LinearCrossEntropy.apply(*operands, options, reduction, hold)
 
@@ -134,7 +134,12 @@ def _check_options(options: _Options, reduction: str) -> None:
         raise ValueError(f"num_slices {options.num_slices} must be at least 1")
 
 
-def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse a target that is no class.
+
+    Raises:
+        IndexError: It is neither a class nor ``ignore_index``.
+    """
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if wrong.any():
         raise IndexError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -154,14 +154,19 @@ class Backend(Protocol):
             PartitionError: There is none.
         """
         from ipu_pipeline.planner.price import step_s
-        from ipu_pipeline.planner.search import solve
+        from ipu_pipeline.planner.search import solve_spread
 
         limits = self.rules(work.graph, work.machine, limits)
         logger.info("searching the best of %s over %d devices (%s)",
                     f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
                     work.schedule)  # fmt: skip
-        costs, step = self.costs(work), partial(step_s, work)
-        return solve(work.graph, costs, work.machine, limits, step=step), work
+        step = partial(step_s, work)
+
+        def costs_of(graph: BlockGraph, measured_s: Mapping[str, Any]) -> GraphCosts:
+            return self.costs(replace(work, graph=graph, measured_s=measured_s))
+
+        whole = work.graph, work.measured_s
+        return solve_spread(*whole, costs_of, work.machine, limits, step), work
 
     def step(self, plan: Plan) -> PlanPrice:
         """Return THE price of a plan: everything that one optimizer step costs, and the memory.

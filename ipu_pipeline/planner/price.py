@@ -18,6 +18,7 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.options.vocabulary import check_vocabulary
+from ipu_pipeline.planner.options.vocabulary_shares import with_shares
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
@@ -79,6 +80,7 @@ def priced(plan: Plan, lower_bound_s: float | None = None) -> Plan:
             forward_s=load.forward_s,
             backward_s=load.backward_s,
             transfer_s=load.copies.forward_s + load.copies.backward_s,
+            vocabulary_s=load.softmax_s + load.rows_s,
             memory_bytes=load.memory_bytes,
             in_flight=load.in_flight,
             weight_bytes=load.weight_bytes,
@@ -168,7 +170,9 @@ def _unpriced(
     granularity: Granularity,
 ) -> Plan:
     run, settings = (work.num_microbatches, work.replicas), work.settings
+    vocabulary = None
     if isinstance(stages, Partition):
+        vocabulary = stages.vocabulary
         run = (stages.num_microbatches, stages.replicas)
         settings = stages.settings or settings
         stages = stages.stages
@@ -183,11 +187,16 @@ def _unpriced(
         granularity=granularity,
         measured_s=work.measured_s,
         settings=json.loads(json.dumps(to_json(settings))),
+        vocabulary=vocabulary,
     )
 
 
 def workload_of(plan: Plan) -> Workload:
-    """Return what a plan runs, with prices asked for its numbers of slices."""
+    """Return what a plan runs, with prices asked for its numbers of slices.
+
+    Its shares of the vocabulary are blocks of the graph.
+    """
+    plan, _ = with_shares(plan)
     factors = factors_of(plan)
     sliced = [name for name, factor in factors.items() if factor > 1]
     return Workload(

@@ -38,6 +38,7 @@ from ipu_pipeline.stages.variants import (
     Signature,
     StagedProgram,
 )
+from ipu_pipeline.stages.vocabulary import spread_table
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
@@ -473,6 +474,8 @@ class StageCache:
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
         stages = build_stages(captured, blocks, self.recompute, tables, row_shards)
+        if self.plan.vocabulary is not None and captured.training:
+            stages[-1].spread = spread_table(self.model, self.plan, stages[-1].programs)
         for stage in stages:
             stage.compiled, stage.offload = self.compile_blocks, self.offload
         return stages

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,47 @@ from ipu_pipeline.ops.autocast import autocast_dtype, no_autocast
 from ipu_pipeline.ops.linear_cross_entropy import Reduction, linear_cross_entropy
 from ipu_pipeline.ops.projection import serialized_linear, slices
 
-Pointwise = tuple[Callable[[Tensor], Tensor], ...]
+_ALL = slice(None)
+
+
+class Elementwise(NamedTuple):
+    """A function of every logit alone.
+
+    ``operand`` is a dtype (``cast``), a vector of the classes (``add``) or a number (``mul``).
+    """
+
+    kind: Literal["cast", "add", "mul", "tanh"]
+    operand: Any = None
+
+    def __call__(self, logits: Tensor, rows: slice = _ALL) -> Tensor:
+        """Return the function of logits, which are those of the classes ``rows``."""
+        if self.kind == "cast":
+            return logits.to(self.operand)
+        if self.kind == "tanh":
+            return logits.tanh()
+        return logits + self.operand[rows] if self.kind == "add" else logits * self.operand
+
+
+Pointwise = tuple[Elementwise, ...]
+
+
+class Softmax(Protocol):
+    """Computes what a loss needs of logits that are never computed here."""
+
+    def cross_entropy(
+        self,
+        logits: DeferredLogits,
+        target_N: Tensor,
+        *,
+        class_weight_V: Tensor | None,
+        reduction: Reduction,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> Tensor:
+        """Return the cross entropy of two-dimensional logits."""
+
+    def logsumexp(self, logits: DeferredLogits) -> Tensor:
+        """Return the logarithm of the sum of exponentials over the classes."""
 
 
 def apply(pointwise: Pointwise, logits: Tensor) -> Tensor:
@@ -100,6 +140,8 @@ class _Projection:
         factor: Number of slices.
         hold_gradients: Compute a fused loss's gradients in its forward pass.
         compute_dtype: Input, weight and bias are cast to it.
+        num_classes: Rows of the whole table.
+        softmax: Takes all that a loss needs of them, where the rows are spread over stages.
         num_views: How many other objects stand for the same logits.
     """
 
@@ -107,6 +149,8 @@ class _Projection:
     factor: int
     hold_gradients: bool
     compute_dtype: torch.dtype
+    num_classes: int
+    softmax: Softmax | None = None
     num_views: int = 0
 
 
@@ -122,37 +166,57 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def of(
-        x: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, factor: int, hold_gradients: bool
+        x: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        *,
+        factor: int,
+        hold_gradients: bool,
+        spread: tuple[int, Softmax] | None = None,
     ) -> DeferredLogits:
-        """Return the logits of one call of ``functional.linear``; see ``_Projection``."""
+        """Return the logits of one call of ``functional.linear``; see ``_Projection``.
+
+        ``spread``: number of classes, and what computes a softmax over them.
+        """
         dtype = torch.result_type(x, weight_VH)
         narrow = autocast_dtype(x.device)
         if narrow is not None and dtype != torch.float64:
             dtype = narrow
-        return _make(_Projection(weight_VH, factor, hold_gradients, dtype), x, bias_V, dtype)
+        size, softmax = spread or (len(weight_VH), None)
+        projection = _Projection(weight_VH, factor, hold_gradients, dtype, size, softmax)
+        return _make(projection, x, bias_V, dtype)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return input, weight and bias in the dtype that the projection computes in.
+    def input(self) -> Tensor:
+        """Return the input in the dtype that the projection computes in.
 
         Raises:
-            LoweringError: The input was changed in place since.
+            LoweringError: It was changed in place since.
         """
         if self.x._version != self.x_version:
             raise LoweringError(
                 "the input of a serialized projection is changed in place before its logits are "
                 "used; do not serialize that block"
             )
+        return self.x.to(self.projection.compute_dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return input, weight and bias in the dtype that the projection computes in."""
         dtype = self.projection.compute_dtype
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        return self.x.to(dtype), self.projection.weight_VH.to(dtype), bias_V
+        return self.input(), self.projection.weight_VH.to(dtype), bias_V
 
     def materialised(self) -> Tensor:
         """Compute the logits, once, in slices of output channels.
 
         Raises:
             LoweringError: Gradients are switched off here: inside an ``autograd.Function`` they
-                would be lost without a word.
+                would be lost without a word. Or the classes are spread over stages.
         """
+        if self.projection.softmax is not None:
+            raise LoweringError(
+                "the logits are needed as a whole, and their classes are spread over stages, which "
+                "compute a cross entropy or a logsumexp of all classes; plan without vocabulary"
+            )
         if self._computed is None:
             if not torch.is_grad_enabled():
                 raise LoweringError(
@@ -182,6 +246,7 @@ class DeferredLogits(Tensor):
                 result = _HANDLERS[func](logits, *args[1:], **kwargs)
                 if result is not None:
                     return result
+            _refuse_whole_logits(logits, func)
         _refuse_hidden_writes(func, args, kwargs)
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialised, (args, kwargs))
         return func(*args, **kwargs)
@@ -203,7 +268,7 @@ def _make(
     dtype: torch.dtype,
     pointwise: Pointwise = (),
 ) -> DeferredLogits:
-    shape = (*x.shape[:-1], projection.weight_VH.shape[0])
+    shape = (*x.shape[:-1], projection.num_classes)
     needs_grad = any(t is not None and t.requires_grad for t in (x, bias_V, projection.weight_VH))
     logits: DeferredLogits = Tensor._make_wrapper_subclass(
         DeferredLogits, shape, dtype=dtype, device=x.device, requires_grad=needs_grad
@@ -220,11 +285,22 @@ def _view(logits: DeferredLogits, x: Tensor) -> DeferredLogits:
     return _make(logits.projection, x, logits.bias_V, logits.dtype, logits.pointwise)
 
 
-def _then(logits: DeferredLogits, function: Callable[[Tensor], Tensor]) -> DeferredLogits:
-    dtype = logits.dtype
-    before = logits.pointwise or (lambda values: values.to(dtype),)
-    pointwise = (*before, function)
-    return _make(logits.projection, logits.x, logits.bias_V, logits.dtype, pointwise)
+def _then(
+    logits: DeferredLogits, function: Elementwise, dtype: torch.dtype | None = None
+) -> DeferredLogits:
+    pointwise = (*(logits.pointwise or (Elementwise("cast", logits.dtype),)), function)
+    return _make(logits.projection, logits.x, logits.bias_V, dtype or logits.dtype, pointwise)
+
+
+def _refuse_whole_logits(logits: DeferredLogits, func: Any) -> None:
+    if logits.projection.softmax is not None:
+        name = getattr(func, "__name__", str(func))
+        raise LoweringError(
+            f"the loss uses {name} of the logits, which needs them as a whole, and their classes "
+            "are spread over stages; these compute cross_entropy and logsumexp of N x classes, "
+            "behind changes of shape, casts, factors, tanh and a fixed bias: plan without "
+            "vocabulary"
+        )
 
 
 def _refuse_hidden_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -291,6 +367,8 @@ def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits | None:
     """Only to the dtype that losses are computed in anyway: others round."""
     if dtype == logits.dtype:
         return logits
+    if logits.projection.softmax is not None:
+        return _then(logits, Elementwise("cast", dtype), dtype) if dtype.is_floating_point else None
     if dtype != torch.float32 or logits.dtype == torch.float64 or logits.pointwise:
         return None
     return _make(logits.projection, logits.x, logits.bias_V, dtype)
@@ -307,9 +385,10 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | N
 
 
 def _add(logits: DeferredLogits, other: Any, *, alpha: float = 1) -> DeferredLogits | None:
+    spread = logits.projection.softmax is not None
     if (
         alpha != 1
-        or logits.pointwise
+        or (logits.pointwise and not spread)
         or not isinstance(other, Tensor)
         or isinstance(other, DeferredLogits)
     ):
@@ -318,17 +397,20 @@ def _add(logits: DeferredLogits, other: Any, *, alpha: float = 1) -> DeferredLog
     if other.shape[-1:] != (classes,) or other.numel() != classes or other.ndim > logits.ndim:
         return None
     bias_V = other.reshape(-1)
+    dtype = torch.promote_types(logits.dtype, other.dtype)
+    if spread:
+        fixed = Elementwise("add", bias_V)
+        return None if other.requires_grad else _then(logits, fixed, dtype)
     if logits.bias_V is not None:
         bias_V = bias_V + logits.bias_V
-    dtype = torch.promote_types(logits.dtype, other.dtype)
     return _make(logits.projection, logits.x, bias_V, dtype)
 
 
 def _scale(logits: DeferredLogits, factor: Any) -> DeferredLogits | None:
     if not isinstance(factor, int | float) or isinstance(factor, bool):
         return None
-    if logits.pointwise:
-        return _then(logits, lambda values: values * factor)
+    if logits.pointwise or logits.projection.softmax is not None:
+        return _then(logits, Elementwise("mul", factor))
     bias_V = None if logits.bias_V is None else logits.bias_V * factor
     return _make(logits.projection, logits.x * factor, bias_V, logits.dtype)
 
@@ -352,17 +434,21 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
     by_class = logits.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64
     if not by_class or size_average is not None or reduce is not None:
         return None
-    if not torch.is_grad_enabled():
-        return None
     in_autocast = autocast_dtype(logits.device) is not None
-    x_NH, weight_VH, bias_V = operands = logits.operands()
     options = {
         "class_weight_V": weight,
         "reduction": reduction,
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
-        "num_slices": logits.projection.factor,
     }
+    if logits.projection.softmax is not None:
+        with no_autocast():
+            loss = logits.projection.softmax.cross_entropy(logits, target, **options)
+        return loss if in_autocast else loss.to(logits.dtype)
+    if not torch.is_grad_enabled():
+        return None
+    options["num_slices"] = logits.projection.factor
+    x_NH, weight_VH, bias_V = operands = logits.operands()
     with no_autocast():
         if logits.pointwise:
             loss = chunked_cross_entropy(operands, logits.pointwise, target, **options)
@@ -374,18 +460,27 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
     return loss if in_autocast else loss.to(logits.dtype)
 
 
+def _logsumexp(logits: DeferredLogits, dim: Any, keepdim: bool = False) -> Tensor | None:  # noqa: FBT001, FBT002
+    axes = [dim] if isinstance(dim, int) else list(dim)
+    if logits.projection.softmax is None or axes not in ([-1], [logits.ndim - 1]):
+        return None
+    found = logits.projection.softmax.logsumexp(logits)
+    return found.unsqueeze(-1) if keepdim else found
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
     **dict.fromkeys((Tensor.add, torch.add), _add),
     **dict.fromkeys((Tensor.mul, torch.mul), _scale),
     **dict.fromkeys((Tensor.div, torch.div), _divide),
-    **dict.fromkeys((Tensor.tanh, torch.tanh), lambda logits: _then(logits, torch.tanh)),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), lambda logits: _then(logits, Elementwise("tanh"))),
     Tensor.__getitem__: _index,
     Tensor.contiguous: lambda logits, *_, **__: logits,
     Tensor.float: lambda logits, **_: _cast(logits, torch.float32),
     Tensor.to: _to,
     functional.cross_entropy: _cross_entropy,
+    **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _logsumexp),
 }
 _COMMUTATIVE = frozenset({Tensor.add, torch.add, Tensor.mul, torch.mul})
 _DESCRIPTIONS = frozenset(

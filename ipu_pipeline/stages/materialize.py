@@ -104,10 +104,12 @@ def materialize(
         key = id(parameter)
         value = next((read[name] for name in names[key] if name in read), None)
         if key not in wanted:
-            value = _stand_in(parameter)
+            value = stand_in(parameter)
         elif value is None:
             missing.add(key)
             value = torch.empty(slices.shape(parameter), dtype=parameter.dtype)
+        else:
+            value = slices.part(parameter, value)  # where files are read as a whole
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
     if wanted != set(names):
         model.register_state_dict_pre_hook(_refuse_stand_ins)
@@ -193,7 +195,7 @@ def _names_of(model: nn.Module) -> dict[int, set[str]]:
     return found
 
 
-def _stand_in(parameter: Tensor) -> Tensor:
+def stand_in(parameter: Tensor) -> Tensor:
     """Return random numbers of the same shape that share memory: a matrix takes a row and a column.
 
     Of more dimensions the last two are as usual, as products of many matrices want them.

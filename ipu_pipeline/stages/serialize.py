@@ -6,7 +6,8 @@ gradient, so that no second tensor as large as the table is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch.nn import functional
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
 from ipu_pipeline.ops.projection import serialized_linear
-from ipu_pipeline.stages.chunked_loss import DeferredLogits
+from ipu_pipeline.stages.chunked_loss import DeferredLogits, Softmax
 from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
+from ipu_pipeline.stages.vocabulary import SpreadLoss
+
+
+def no_calls(_: Program) -> AbstractContextManager[None]:
+    """Return a region in which no calls of a block are taken."""
+    return nullcontext()
 
 
 class SerializedRegion(TableCalls):
@@ -30,6 +37,7 @@ class SerializedRegion(TableCalls):
         defer: Compute no logits but leave them to the loss behind the block.
         hold_gradients: Compute that loss's gradients in its forward pass.
         last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
+        spread: Where they are spread for the loss: how many, and what computes the softmax.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class SerializedRegion(TableCalls):
         defer: bool,
         hold_gradients: bool,
         last_row_shard: tuple[RowShard, Tensor] | None = None,
+        spread: tuple[int, Softmax] | None = None,
     ) -> None:
         super().__init__()
         self.table = table
@@ -47,6 +56,7 @@ class SerializedRegion(TableCalls):
         self.defer = defer
         self.hold_gradients = hold_gradients
         self.last_row_shard = last_row_shard
+        self.spread = spread
 
     def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
         """Take the calls that read the table."""
@@ -79,10 +89,15 @@ class SerializedRegion(TableCalls):
 
     def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         factor = self.table.factor
-        if not self.defer:
+        if self.spread is None and not self.defer:
             return serialized_linear(input, weight, bias, factor=factor)
         return DeferredLogits.of(
-            input, weight, bias, factor=factor, hold_gradients=self.hold_gradients
+            input,
+            weight,
+            bias,
+            factor=factor,
+            hold_gradients=self.hold_gradients,
+            spread=self.spread,
         )
 
 
@@ -96,6 +111,8 @@ class SerializedForward:
         row_shards: Of this stage.
         hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
             microbatch of the stage is in flight meanwhile.
+        spread: Computes the loss of a vocabulary that is spread over stages.
+        calls: A region for every block, in which calls that read its tables are taken.
 
     Attributes:
         leaves: Collect the gradients of the lookups.
@@ -105,6 +122,8 @@ class SerializedForward:
     fused: frozenset[str]
     row_shards: Sequence[RowShard]
     hold_gradients: bool = field(kw_only=True)
+    spread: SpreadLoss | None = None
+    calls: Callable[[Program], AbstractContextManager[None]] = no_calls
 
     def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
@@ -122,6 +141,21 @@ class SerializedForward:
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
+        with self.calls(program):
+            return self._run(program, inputs)
+
+    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+        spread = self.spread
+        if spread is not None and program.name == spread.table.block:
+            whole = Table(program.name, spread.table.parameter, 1)
+            with SerializedRegion(
+                whole,
+                self.leaves,
+                defer=True,
+                hold_gradients=False,
+                spread=(spread.table.size, spread),
+            ):
+                return program(*inputs)
         table = self.tables.get(program.name)
         if table is None:
             return program(*inputs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.compiled_blocks import run_compiled
 from ipu_pipeline.stages.offload import offloaded
 from ipu_pipeline.stages.replay import ReplayedBlock
-from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
+from ipu_pipeline.stages.serialize import SerializedForward, add_gradient, no_calls
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
+from ipu_pipeline.stages.vocabulary import SoftmaxPart, SpreadLoss, SpreadTable
 
 RandomKey = tuple[int | str, ...]
 
@@ -40,6 +42,28 @@ class _InFlight:
     loss: Tensor | None
     lookups: tuple[tuple[nn.Parameter, Tensor], ...]
     inputs_with_gradient: bool
+    late: LateLoss | None = None
+
+
+@dataclass(frozen=True)
+class LateLoss:
+    """The loss of a microbatch whose softmax other stages compute: run again when they have.
+
+    Attributes:
+        values: What the other blocks have computed, by name.
+        blocks: What ran them.
+        key: Of random numbers.
+    """
+
+    values: dict[str, Any]
+    blocks: SerializedForward
+    key: RandomKey
+
+    @property
+    def spread(self) -> SpreadLoss:
+        """What it needs of the other stages."""
+        assert self.blocks.spread is not None
+        return self.blocks.spread
 
 
 @dataclass
@@ -63,8 +87,11 @@ class Stage:
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
         in_order: Whether a microbatch has to end before the next one begins, on every stage.
+        thread_bound: Whether the model's code reads what only the caller's thread sees.
         offload: Names of the blocks that keep their activations in host memory.
         compiled: Whether its blocks go through ``torch.compile``.
+        spread: The vocabulary that is spread over stages, in the last one.
+        calls: A region for every block, in which calls that read its tables are taken.
     """
 
     index: int
@@ -82,9 +109,12 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    thread_bound: bool = False
     order: tuple[str, ...] = ()
     offload: frozenset[str] = frozenset()
     compiled: bool = False
+    spread: SpreadTable | None = None
+    calls: Callable[[Program], AbstractContextManager[None]] = no_calls
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
     _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)
@@ -123,14 +153,46 @@ class Stage:
         }
         values, blocks = self.compute(inputs, leaves, key, alone=alone)
         sent = {name: values[name] for name in self.sends}
-        results = {name: values[value] for name, value in self.results.items()}
+        late = None if blocks.spread is None else LateLoss(values, blocks, key)
+        results = {name: values[value] for name, value in self.results.items() if value in values}
         if torch.is_grad_enabled():
             loss = results.get("loss")
             needed = any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values())
             self._in_flight[microbatch] = _InFlight(
-                leaves, sent, loss, blocks.leaves.pairs(), needed
+                leaves, sent, loss, blocks.leaves.pairs(), needed, late
             )
         return sent, {name: value.detach() for name, value in results.items()}
+
+    def softmax_of(self, microbatch: int) -> SpreadLoss:
+        """Return what the loss of a microbatch needs of a vocabulary that is spread."""
+        late = self._in_flight[microbatch].late
+        assert late is not None
+        return late.spread
+
+    def finish_loss(
+        self, microbatch: int, parts: Mapping[int, Sequence[SoftmaxPart]]
+    ) -> dict[str, Tensor]:
+        """Run the loss of a microbatch on the parts of all stages; return its results (detached).
+
+        Call it before the backward pass of that microbatch.
+        """
+        state = self._in_flight[microbatch]
+        assert state.late is not None
+        results = self.late_results(state.late, parts)
+        state.loss = results.get("loss")
+        return {name: value.detach() for name, value in results.items()}
+
+    def late_results(
+        self, late: LateLoss, parts: Mapping[int, Sequence[SoftmaxPart]]
+    ) -> dict[str, Tensor]:
+        """Run a loss on the parts of all stages; return its results by name."""
+        late.spread.combine(parts)
+        self.block = LOSS
+        self._run(self.programs[-1], late.values, late.key, late.blocks)
+        late.spread.free()
+        self.block = ""
+        own = self.programs[-1].outputs
+        return {n: late.values[v] for n, v in self.results.items() if v in own}
 
     def compute(
         self,
@@ -154,10 +216,18 @@ class Stage:
         blocks = SerializedForward(
             self.tables, self.fused, self.row_shards, hold_gradients=alone and not again
         )
+        blocks.calls = self.calls
+        if self.spread is not None and torch.is_grad_enabled():
+            blocks.spread = SpreadLoss(self.spread)
         self.block = "tables of other stages"
         blocks.look_up_row_shards(values)
         for program in self.programs:
             self.block = program.name
+            if blocks.spread is not None and program.name == LOSS:
+                arguments = [values[name] for name in program.inputs]
+                with block_scope(*key, LOSS):
+                    blocks.spread.collect(partial(program, *arguments))
+                continue
             away = program.name in self.offload and torch.is_grad_enabled()
             with offloaded(program) if away else nullcontext():
                 self._run(program, values, key, blocks)
@@ -217,7 +287,9 @@ class Stage:
         again = program.name in self.recompute and torch.is_grad_enabled()
         if self.compiled and self._can_be_compiled(program):
             outputs = run_compiled(program, inputs, recompute=again)
-        elif again and not (program.name == LOSS and self.fused):  # that one does it by itself
+        elif again and not (
+            program.name == LOSS and (self.fused or self.spread)
+        ):  # that one does it by itself
             replayed = self._replayed.setdefault(program.name, ReplayedBlock(program))
             call = replayed.passes(call)
             inputs = replayed.unshared(inputs)
@@ -229,6 +301,7 @@ class Stage:
 
     def _can_be_compiled(self, program: Program) -> bool:
         own = program.name in self.tables or program.name in self.fused or program.changing
+        own = own or (self.spread is not None and program.name in (LOSS, self.spread.block))
         return not (own or self.live or program.draws)
 
     def _note_backward(self, program: Program, values: Mapping[str, Any]) -> None:
@@ -350,6 +423,7 @@ def build_stages(
                 recompute=frozenset(recompute) - live,
                 live=bool(live),
                 in_order=captured.in_order,
+                thread_bound=bool(captured.thread_locals),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 order=tuple(captured.results),

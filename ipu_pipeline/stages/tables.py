@@ -97,11 +97,6 @@ def check_blocks(plan: Plan) -> None:
     Raises:
         LoweringError: A serialized block has no parameter.
     """
-    if plan.vocabulary is not None:
-        raise LoweringError(
-            "this target does not run a vocabulary that is spread over stages; plan without "
-            "vocabulary"
-        )
     parameters = {block.name: len(block.parameters) for block in plan.blocks}
     for block in serialized(plan):
         if not parameters[block]:

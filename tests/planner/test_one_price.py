@@ -6,6 +6,7 @@ import json
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import BertConfig, GPT2Config, LxmertConfig, T5Config, ViTConfig
@@ -25,7 +26,7 @@ from ipu_pipeline.planner.price import price, priced
 from ipu_pipeline.planner.report.sensitivity import sensitivity
 from ipu_pipeline.planner.report.text import totals
 from ipu_pipeline.planner.schedules.simulate import simulate
-from tests.later import every_second
+from tests.later import one_in
 
 MODELS = {
     "bert": (BertConfig(num_hidden_layers=6, hidden_size=256, num_attention_heads=4,
@@ -43,7 +44,7 @@ MODELS = {
 PODS = ("pod4", "pod16", "bow-pod16")
 WHERE = (("pod4", 2), ("pod4", 4), ("pod16", 4), ("bow-pod16", 4), ("a100-80g-x8", 2),
          ("a100-80g-x8", 4), ("threads", 2), ("threads", 4))  # fmt: skip
-PLACEMENTS = [(name, *where) for where, name in product(WHERE, MODELS)]  # odd, then even
+PLACEMENTS = [(name, *where) for where, name in product(WHERE, MODELS)]
 
 
 def threads() -> Machine:
@@ -67,7 +68,7 @@ def planned(name: str, machine: str, depth: int, **options) -> Plan:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "machine", "depth"), every_second(PLACEMENTS))
+@pytest.mark.parametrize(("name", "machine", "depth"), one_in(3, PLACEMENTS))
 def test_every_door_says_the_same(name: str, machine: str, depth: int, tmp_path: Path) -> None:
     plan = planned(name, machine, depth)
     plan.save(tmp_path / "plan.json")
@@ -91,6 +92,25 @@ def test_every_door_says_the_same(name: str, machine: str, depth: int, tmp_path:
     assert not found.misfits
     if machine in PODS:
         assert ipu_doors(name, machine, plan) == {plan.objective_s}
+
+
+@pytest.mark.parametrize("vocabulary", ["even", "auto", (1, 2)])
+@pytest.mark.parametrize("machine", ["a100-80g-x8", "threads"])
+def test_a_spread_vocabulary_has_one_price(machine: str, vocabulary: Any, tmp_path: Path) -> None:
+    plan = planned("gpt2", machine, 2, vocabulary=vocabulary)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    timeline = simulate(loaded)
+    assert loaded == plan
+    doors = {plan.objective_s, price(loaded).step_s, priced(loaded).objective_s, timeline.step_s}
+    assert doors == {sensitivity(loaded, num_variants=0)[0].step_s}
+    assert 0 < plan.lower_bound_s <= plan.objective_s
+    assert f"predicted step {milliseconds(plan.objective_s)} ms" in loaded.explain()
+    if plan.vocabulary is not None:
+        assert "vocabulary ms" in loaded.explain()
+        spent = [timeline.seconds[device, "vocabulary"] for device in timeline.devices]
+        expected = [plan.num_microbatches * stage.vocabulary_s for stage in plan.stages]
+        assert spent == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

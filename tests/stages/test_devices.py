@@ -14,7 +14,7 @@ from ipu_pipeline.backends.local.runner import run_sequentially
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.stages.devices import chosen_device, move, moved, naming_snapshots, on_device
-from ipu_pipeline.stages.materialize import _stand_in
+from ipu_pipeline.stages.materialize import stand_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -72,11 +72,11 @@ def test_what_is_no_device_is_refused(wrong: str) -> None:
 
 
 def test_stand_ins_move_with_the_memory_that_they_have() -> None:
-    stand_in = _stand_in(torch.empty(300, 200))
-    there = moved(stand_in, torch.device("meta"))
+    made = stand_in(torch.empty(300, 200))
+    there = moved(made, torch.device("meta"))
     assert there.is_meta
-    assert there.stride() == stand_in.stride()
-    assert there.untyped_storage().nbytes() == stand_in.untyped_storage().nbytes() < 3000
+    assert there.stride() == made.stride()
+    assert there.untyped_storage().nbytes() == made.untyped_storage().nbytes() < 3000
     plain = torch.ones(3)
     assert moved(plain, CPU) is plain
 

@@ -129,7 +129,9 @@ def evaluate(
         for position, found in enumerate(stages):
             crossing = crossings(found)
             sent = crossing.names[index] if index < layout.num_stages - 1 else ()
-            module = StageModule(found[index], crossing.into(index), sent, inputs)
+            module = StageModule(
+                found[index], crossing.into(index), sent, inputs, groups.vocabulary
+            )
             received = passed.pop((index, position), None)
             if received is None:
                 received = _receive(module, crossing, groups)

@@ -52,6 +52,8 @@ def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> N
     """Fill the model of every rank with the weights and buffers of those who train them."""
     distinct = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     for tensor in distinct.values():
+        if id(tensor) in ownership.cut:
+            continue  # joined by who has the rows
         groups.from_position(tensor, ownership.owner(tensor))
 
 
@@ -173,7 +175,7 @@ class ShardedCheckpoints:
             # Of those that have the same slices, the first one writes.
             earlier = begun[self._slices.index : self._rank : self._slices.size]
             before = {name for _, names in earlier for name in names}
-            states = frozenset(begun[self._rank][1]) - before
+            states = frozenset(begun[self._rank][1]) - (before - self._names_of_rows())
             part, writers = self._take(folder, states, ownership, copy=not blocking)
         if blocking:
             self._write(new, folder, part, writers)
@@ -197,6 +199,8 @@ class ShardedCheckpoints:
         layout = self._groups.layout
 
         def is_mine(tensor: Tensor) -> bool:
+            if self._slices.size == 1 and self._slices.is_cut(tensor):
+                return layout.replica == 0
             owner = 0 if ownership is None else ownership.owner(tensor)
             return layout.replica == 0 and layout.position == owner
 
@@ -218,7 +222,7 @@ class ShardedCheckpoints:
         blind = [rank for rank, (seen, _) in enumerate(found) if not seen]
         if not blind:
             return part, [rank for rank, (_, empty) in enumerate(found) if not empty] or [0]
-        if self._is_held is not None or self._slices.size > 1:
+        if self._is_held is not None or self._slices.cuts:
             raise CheckpointError(
                 f"ranks {blind} do not see the folder of rank 0 ({folder.parent}), and no process "
                 "has the whole model; save to a file system that all machines share"
@@ -233,6 +237,13 @@ class ShardedCheckpoints:
                 folder.parent,
             )
         return self._gathered(part, ownership, copy=copy), [0]
+
+    def _names_of_rows(self) -> frozenset[str]:
+        """Return the parameters of which this rank has rows that it joins with those of others."""
+        if self._slices.size > 1 or self._groups.layout.replica:
+            return frozenset()
+        named = self._model.named_parameters()
+        return frozenset(name for name, p in named if self._slices.is_cut(p))
 
     def _gathered(self, part: Shard, ownership: Ownership | None, *, copy: bool) -> Shard:
         """Return all parts in one on the first rank."""

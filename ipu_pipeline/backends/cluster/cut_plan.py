@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -75,9 +75,19 @@ class _Use(NamedTuple):
     around: nn.Module
 
 
+class Cuts(Protocol):
+    """Which parameters ranks have slices of, why, and how that is avoided."""
+
+    what: str
+    remedy: str
+
+    def is_cut(self, parameter: nn.Parameter) -> bool:
+        """Whether ranks get slices of ``parameter``."""
+
+
 @dataclass(frozen=True)
-class CutPlan:
-    """What is cut.
+class CutPlan(Cuts):
+    """What is cut of the products of matrices.
 
     Attributes:
         parameters: Module, name of the parameter in it, and style.
@@ -85,6 +95,8 @@ class CutPlan:
         blocks: Blocks that are cut inside, by their names.
     """
 
+    what = "tensor parallelism"
+    remedy = "plan with tp 1"
     parameters: tuple[tuple[nn.Module, str, str], ...] = ()
     modules: tuple[tuple[nn.Module, str], ...] = ()
     blocks: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -166,7 +178,7 @@ def refuse_attentions(wish: object) -> None:
 
 
 def refuse_whole_tensors(
-    optimizer: torch.optim.Optimizer, plan: CutPlan, *, master_weights: bool = False
+    optimizer: torch.optim.Optimizer, plan: Cuts, *, master_weights: bool = False
 ) -> None:
     """Refuse an optimizer that updates an element by others of its tensor: two small runs tell.
 
@@ -186,8 +198,8 @@ def refuse_whole_tensors(
             if whole is None or parts is None or not torch.equal(whole, parts):
                 raise LoweringError(
                     f"{type(optimizer).__name__} does not update every element of a {dtype} weight "
-                    "by itself (or cannot be tried from its settings), and with tensor parallelism "
-                    "a rank has a slice of it only; use AdamW, Adam or SGD, or plan with tp 1"
+                    f"by itself (or cannot be tried from its settings), and with {plan.what} "
+                    f"a rank has a slice of it only; use AdamW, Adam or SGD, or {plan.remedy}"
                 )
 
 

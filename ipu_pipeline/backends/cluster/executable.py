@@ -20,9 +20,10 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     refuse_whole_tensors,
 )
 from ipu_pipeline.backends.cluster.inference import agreed, call_on_ranks, refuse
-from ipu_pipeline.backends.cluster.joining import Job, read_own_weights, slices_of
+from ipu_pipeline.backends.cluster.joining import Joining, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
+from ipu_pipeline.backends.cluster.row_slices import RowSlices, row_plan
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -38,6 +39,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     update,
 )
 from ipu_pipeline.backends.cluster.shares import BatchShares
+from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
@@ -76,7 +78,7 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        self._job = Job.joined(model, plan, optimizer, options, device, self._scaler)
+        self._job = Joining(model, plan, optimizer, options, device, self._scaler).join()
         self.groups, self._watchdog = self._job.groups, self._job.watchdog
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._slices, self._cuts = slices_of(model, plan, optimizer, self.groups)
@@ -84,6 +86,12 @@ class DistributedExecutable(Executable):
         self._slices.install()
         if options.device is not None:
             move(model, optimizer, device)
+        self._rows = row_plan(plan, self.groups.layout.positions)
+        if self._rows is not None:
+            assert isinstance(self._slices, RowSlices)
+            self.groups.vocabulary = SpreadVocabulary(
+                model, self._rows, self._slices, self.groups, self._watchdog.leave_with
+            )
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
@@ -225,7 +233,8 @@ class DistributedExecutable(Executable):
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
             share_buffers(self._changing, self.groups)
-            cut = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+            with self._looking():
+                cut = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
             try:
                 stages, parts = self._prepared(cut, training=False)
             except MixedSamplesError as error:
@@ -307,10 +316,11 @@ class DistributedExecutable(Executable):
         Raises:
             LoweringError: The optimizer needs whole weights.
         """
-        if self._slices.size == 1:
+        if not self._slices.cuts:
             return
         if optimizer is not None and optimizer is not self._known_optimizer:
-            refuse_whole_tensors(optimizer, self._cuts)
+            if self._rows is None:
+                refuse_whole_tensors(optimizer, self._cuts)
             self._known_optimizer = optimizer
         self._slices.cut(optimizer)
         self._slices.install()
@@ -368,15 +378,17 @@ class DistributedExecutable(Executable):
             return
         self._closed = True
         error = self._error_of_last_save()
-        whole = False
+        whole = together = False
         if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
-                whole = self._holds_all
+                whole, together = self._holds_all, True
         try:
             self._slices.undo(self.optimizer, gather=whole)
         except RuntimeError:  # one of those that share them is gone
             self._slices.undo(self.optimizer, gather=False)
+        if self.groups.vocabulary is not None:
+            self.groups.vocabulary.close(wait=together)
         self._watchdog.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:
@@ -419,7 +431,11 @@ class DistributedExecutable(Executable):
 
     def _looking(self) -> contextlib.AbstractContextManager[None]:
         """Return the region in which the whole model may run: captures, losses, axes."""
-        return contextlib.nullcontext() if self._holds_all else freed_at_once()
+        region = contextlib.ExitStack()
+        if not self._holds_all:
+            region.enter_context(freed_at_once())
+        region.enter_context(self._slices.whole_stand_ins())
+        return region
 
     def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
         self._batch_check.check("training", self.global_step, batch)
@@ -507,7 +523,8 @@ class DistributedExecutable(Executable):
         """Find out who holds what, at the first capture; it does not depend on the shape."""
         if self._ownership is None:
             layout = self.groups.layout
-            found = find_ownership(stages, layout)
+            named = dict(self.model.named_parameters(remove_duplicate=False))
+            found = find_ownership(stages, layout, self._rows, named)
             own = [p for index in layout.own_stages for p in stages[index].programs]
             changing = {id(t): t for program in own for t in program.changing.values()}
             self._changing = [t for t in changing.values() if not isinstance(t, nn.Parameter)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
 
 # The copy that a message costs stays small beside the weights, its latency beside its transfer.
 BUCKET_BYTES = 64 << 20
@@ -31,6 +34,7 @@ class Groups:
         replicas: The ranks at this position with this slice, one per replica.
         slices: The ranks that share the products of this position and replica, as a mesh.
         holders: Those of this replica's pipeline that share parameters, by their positions.
+        vocabulary: What this process does for a vocabulary that is spread, if one is.
     """
 
     def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
@@ -48,6 +52,8 @@ class Groups:
         self.ranks = ranks
         self.waiter = ranks.waiter
         self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.vocabulary: SpreadVocabulary | None = None
+        self._more: list[dist.ProcessGroup] = []
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
         """Make the groups of positions that share parameters. Every process must call this."""
@@ -59,6 +65,16 @@ class Groups:
             group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
             if layout.rank in ranks:
                 self.holders[positions] = group
+
+    def another_pipeline(self) -> dist.ProcessGroup:
+        """Make a group of the ranks of a pipeline, for another thread. Every process calls this."""
+        layout = self.layout
+        for replica in range(layout.num_replicas):
+            ranks = [replica * layout.num_ranks + p for p in range(layout.num_ranks)]
+            group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
+            if layout.rank in ranks:
+                self._more.append(group)
+        return self._more[-1]
 
     def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the sum over a group, added in the order of its ranks: the same bits for all."""
@@ -127,10 +143,12 @@ class Groups:
     def close(self) -> None:
         """Destroy the groups made here. No process may still be using them."""
         slices = self.slices.get_group()
-        for group in {self.pipeline, self.replicas, slices, *self.holders.values()}:
+        for group in {self.pipeline, self.replicas, slices, *self.holders.values(), *self._more}:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self.holders.clear()
+        self._more.clear()
+        self.vocabulary = None
         del self.pipeline, self.replicas, self.slices
 
 

@@ -52,6 +52,11 @@ def refuse(
         )
     if layout.num_ranks == 1:
         return
+    if plan.vocabulary is not None:
+        raise LoweringError(
+            "the plan spreads the vocabulary over stages, and generate and forward look up and "
+            "multiply with whole tables; plan without vocabulary, or use eval_step"
+        )
     if options.precision != "float32":
         raise LoweringError(
             f"precision={options.precision!r} is autocast, which does not know the shapes that "

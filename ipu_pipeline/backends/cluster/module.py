@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.serialize import add_gradient
-from ipu_pipeline.stages.stage import Stage
+from ipu_pipeline.stages.stage import LateLoss, Stage
 from ipu_pipeline.stages.training import autocast_region
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
 
 
 @dataclass
@@ -27,17 +31,23 @@ class StepInputs:
     seed: int = 0
     global_step: int = 0
     precision: str = "float32"
+    loss_scaling: float = 1.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class StageModule(nn.Module):
     """A stage as a module; ``received`` and ``sent`` are names of values, relayed ones too.
 
-    ``inputs`` are filled before every step.
+    ``inputs`` are filled before every step; ``vocabulary`` is what is spread over processes.
     """
 
     def __init__(
-        self, stage: Stage, received: Sequence[str], sent: Sequence[str], inputs: StepInputs
+        self,
+        stage: Stage,
+        received: Sequence[str],
+        sent: Sequence[str],
+        inputs: StepInputs,
+        vocabulary: SpreadVocabulary | None = None,
     ) -> None:
         super().__init__()
         self.stage = stage
@@ -47,6 +57,10 @@ class StageModule(nn.Module):
         self.results: dict[int, dict[str, Tensor]] = {}
         self.blocks = nn.ModuleList(program.module for program in stage.programs)
         self._lookups: list[tuple[nn.Parameter, Tensor]] = []
+        self.vocabulary = vocabulary
+        self._late: dict[int, LateLoss] = {}
+        if vocabulary is not None:
+            stage.calls = vocabulary.calls
 
     def forward(self, *received: Tensor, microbatch: Tensor) -> tuple[Tensor, ...]:
         """Run one microbatch.
@@ -66,9 +80,35 @@ class StageModule(nn.Module):
             computed, blocks = self.stage.compute(part.inputs, values, key)
         self._lookups.extend(blocks.leaves.pairs())
         self.results[position] = {
-            name: computed[value].detach() for name, value in self.stage.results.items()
+            name: computed[value].detach()
+            for name, value in self.stage.results.items()
+            if value in computed
         }
+        if blocks.spread is not None:
+            assert self.vocabulary is not None
+            self._late[position] = LateLoss(computed, blocks, key)
+            self.vocabulary.ask(position, blocks.spread)
+            # What torch makes of it is not used: the loss is known in the backward pass.
+            return (torch.zeros((), requires_grad=True),)
         return _sendable([computed[name] for name in self.sent], received)
+
+    @property
+    def reads_spread_tables(self) -> bool:
+        """Whether other processes work for its passes, of which none may be tried out."""
+        vocabulary = self.vocabulary
+        return vocabulary is not None and any(map(vocabulary.is_table, self.parameters()))
+
+    def late_loss(self, position: int) -> Tensor | None:
+        """Return the loss of a microbatch whose softmax is spread, before its backward pass."""
+        late = self._late.pop(position, None)
+        if late is None:
+            return None
+        assert self.vocabulary is not None
+        with autocast_region(self.inputs.precision, self.inputs.device):
+            results = self.stage.late_results(late, self.vocabulary.parts(position))
+        self.results[position].update((n, value.detach()) for n, value in results.items())
+        part = self.inputs.microbatches[position]
+        return results["loss"] * (part.share * self.inputs.loss_scaling)
 
     def finish(self) -> None:
         """Add the gradients of lookups to their tables (after all backward passes)."""
@@ -80,6 +120,7 @@ class StageModule(nn.Module):
     def clear(self) -> None:
         """Forget the last step."""
         self._lookups.clear()
+        self._late.clear()
         self.results.clear()
 
 

@@ -41,6 +41,7 @@ class _NotedStage(PipelineStage):
         self._waiter = waiter
         self._code = module.stage
         self._inputs = module.inputs
+        self._module = module
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("forward pass", fwd_chunk_id):
@@ -48,7 +49,13 @@ class _NotedStage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass", bwd_chunk_id):
+            loss = self._module.late_loss(bwd_chunk_id)
+            if loss is not None:
+                kwargs["loss"] = loss
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            if loss is not None:
+                assert self._module.vocabulary is not None
+                self._module.vocabulary.give_back(bwd_chunk_id)
         for received in (self.args_recv_info, self.grad_recv_info):
             _free(received.get(bwd_chunk_id, ()))
 
@@ -139,12 +146,19 @@ class TrainingPipeline:
         # How long the actions of other shapes last says nothing.
         groups.waiter.activity.longest.clear()
         self.num_microbatches = num_microbatches
+        self._vocabulary = groups.vocabulary
         self._inputs = StepInputs()
         self._crossing = crossings(stages)
         loss = next(stage.results["loss"] for stage in stages if "loss" in stage.results)
         sent = (*self._crossing.names, (loss,))
         self.modules = [
-            StageModule(stages[index], self._crossing.into(index), sent[index], self._inputs)
+            StageModule(
+                stages[index],
+                self._crossing.into(index),
+                sent[index],
+                self._inputs,
+                groups.vocabulary,
+            )
             for index in layout.own_stages
         ]
         self._stages = [
@@ -183,7 +197,7 @@ class TrainingPipeline:
             On the rank of the loss, that of every microbatch, by its index.
         """
         microbatches = inputs.microbatches
-        vars(self._inputs).update(vars(inputs))
+        vars(self._inputs).update({**vars(inputs), "loss_scaling": loss_scaling})
         self._choose_backward()
         positions = torch.arange(self.num_microbatches)
         arguments: dict[str, Any] = {}
@@ -196,8 +210,12 @@ class TrainingPipeline:
             self._schedule.step(microbatch=positions, return_outputs=False, **arguments)
             for module in self.modules:
                 module.finish()
+            if self._vocabulary is not None:
+                self._vocabulary.finish()
             return self._losses(microbatches)
         finally:
+            if self._vocabulary is not None:
+                self._vocabulary.clear()
             for module in self.modules:
                 module.clear()
 
@@ -246,7 +264,7 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     if stage.index == 0:
         return True  # receives nothing: torch computes it whole, later
     names = {program.name for program in stage.programs}
-    if stage.tables or stage.row_shards or stage.recompute & names:
+    if stage.tables or stage.row_shards or stage.recompute & names or module.reads_spread_tables:
         return False
     parameters = [p for p in module.parameters() if p.requires_grad]
     earlier = [p.grad for p in parameters]

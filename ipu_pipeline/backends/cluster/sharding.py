@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.row_slices import RowPlan
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.codec import Count
@@ -43,6 +44,7 @@ class Ownership:
         holders: Positions that use a parameter or buffer, ascending, by its ``id``; the first
             is its owner.
         here: This process.
+        cut: Those of which every position that uses them has rows of its own, by ``id``.
         updaters: The one process that keeps the optimizer state of a parameter and updates it,
             by ``id``; empty: every holder in every replica does.
     """
@@ -50,6 +52,7 @@ class Ownership:
     holders: Mapping[int, tuple[int, ...]]
     here: Place
     updaters: Mapping[int, Place] = field(default_factory=dict)
+    cut: frozenset[int] = frozenset()
 
     def owner(self, tensor: Tensor) -> int:
         """Return the position whose copy counts."""
@@ -65,6 +68,8 @@ class Ownership:
 
     def is_chief(self, tensor: Tensor) -> bool:
         """Whether this process alone counts where ``tensor`` must count once in the whole job."""
+        if id(tensor) in self.cut:
+            return self.here.replica == 0 and self.is_held(tensor)
         return self.here == self.updaters.get(id(tensor), Place(0, self.owner(tensor)))
 
     def held(self, model: nn.Module) -> list[nn.Parameter]:
@@ -72,13 +77,20 @@ class Ownership:
         return [p for p in model.parameters() if p.requires_grad and self.is_held(p)]
 
     def shared(self, tensor: Tensor) -> tuple[int, ...]:
-        """Return the positions that hold ``tensor``, if there are several."""
+        """Return the positions that hold all of ``tensor``, if there are several."""
+        if id(tensor) in self.cut:
+            return ()
         found = self.holders.get(id(tensor), (0,))
         return found if len(found) > 1 else ()
 
 
-def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
-    """Return who holds what under a split."""
+def find_ownership(
+    stages: Sequence[Stage],
+    layout: Layout,
+    rows: RowPlan | None = None,
+    named: Mapping[str, Tensor] | None = None,
+) -> Ownership:
+    """Return who holds what under a split; ``rows``: of which tensors, by name, rows are spread."""
     positions: dict[int, set[int]] = {}
     for stage in stages:
         tensors: list[Tensor] = [share.table.parameter for share in stage.row_shards]
@@ -86,9 +98,16 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
             tensors += [*program.module.parameters(), *program.module.buffers()]
         for tensor in tensors:
             positions.setdefault(id(tensor), set()).add(layout.positions[stage.index])
+    cut: set[int] = set()
+    if rows is not None and named is not None:
+        cut = {id(named[name]) for name in rows.tables}
+        positions.update((key, set(rows.rows)) for key in cut)
+        for name in rows.biases:
+            positions.setdefault(id(named[name]), set()).update(rows.rows)
     return Ownership(
         {key: tuple(sorted(found)) for key, found in positions.items()},
         Place(layout.replica, layout.position),
+        cut=frozenset(cut),
     )
 
 

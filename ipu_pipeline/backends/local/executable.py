@@ -16,13 +16,13 @@ from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
 from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
-from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
+from ipu_pipeline.planner.price import spread_stages
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
@@ -37,6 +37,7 @@ from ipu_pipeline.stages.executable import (
     join,
     mean_loss,
 )
+from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
@@ -75,7 +76,6 @@ class LocalExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         self._scaler.check(model, master_weights=options.master_weights)
         self._device = chosen_device(options.device, model)
-        self._reads_thread_locals = bool(PythonState(model.modules()).thread_locals)
         if options.device is not None:
             move(model, optimizer, self._device)
         self._cache = StageCache(
@@ -91,6 +91,7 @@ class LocalExecutable(Executable):
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
         self._shares = LossShares(model, wish, plan.granularity)
+        self._check = LossCheck(self._shares)
         self._known: dict[object, MixedSamplesError | None] = {}
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
@@ -274,7 +275,7 @@ class LocalExecutable(Executable):
             ready, terms = self._cache.foreseen(cut.parts)
             self._known[shapes] = None
             try:
-                self._shares.check(cut, ready, terms, training=training)
+                self._check.check(cut, ready, terms, training=training)
             except MixedSamplesError as error:
                 del self._known[shapes]
                 once = training and self._runs_forward_first(len(cut.parts))
@@ -303,7 +304,7 @@ class LocalExecutable(Executable):
                 for part, one in zip(rest, every[len(ready) :], strict=True)
             ]
             parts = [*ready, *rest]
-            self._shares.check(cut, parts, every, training=training)
+            self._check.check(cut, parts, every, training=training)
             return self._shares.weighted(cut, parts, every, training=training)
         except LoweringError:
             for run in (one.run for one in group if one.run is not None):
@@ -326,6 +327,13 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
+            if glue is not None and training and self.plan.vocabulary is not None:
+                glue.close()
+                raise LoweringError(
+                    "the code between the model's blocks waits for values that they compute, and a "
+                    "loss whose vocabulary is spread over stages has none until the backward pass: "
+                    "plan without vocabulary"
+                )
             step = Step(
                 stages, parts, self.options, self.global_step, loss_scaling, schedule,
                 self._device, glue,
@@ -348,7 +356,7 @@ class LocalExecutable(Executable):
 
     def _runs_forward_first(self, number: int) -> bool:
         """Whether all forward passes come before the first backward pass, with the loss alone."""
-        simple = not serialized(self.plan) and number > 1
+        simple = not serialized(self.plan) and self.plan.vocabulary is None and number > 1
         kinds = ["".join(action.kind for action in row) for row in self._rows(number).rows]
         return simple and all("F" not in row.lstrip("F") for row in kinds)
 
@@ -358,7 +366,10 @@ class LocalExecutable(Executable):
         """Run all microbatches, and compute the loss once on what they give."""
         shapes = True, *(described(part.inputs) for part in cut.parts)
         compared = shapes not in self._known
-        failure = error.even_once()
+        failure = MixedSamplesError(
+            error.problem,
+            "plan with microbatches=1 (it cannot be computed once for all of them, either)",
+        )
         stages, parts, whole = whole_loss(self._cache, cut, failure, compared=compared)
         schedule = self._rows(len(parts))
         step = WholeLossStep(
@@ -383,12 +394,12 @@ class LocalExecutable(Executable):
 
     def _run(self, step: Step) -> None:
         self._require_usable()
-        # Stage threads do not see the caller's thread-locals.
-        alone = self._reads_thread_locals or self.options.sequential
         # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
-        alone = alone or self.options.compile_blocks or self.plan.num_stages == 1
-        alone = alone or step.glue is not None
-        in_order = any(stage.in_order for own in step.stages for stage in own)
+        alone = self.options.sequential or self.options.compile_blocks
+        alone = alone or self.plan.num_stages == 1 or step.glue is not None
+        stages = [stage for own in step.stages for stage in own]
+        alone = alone or any(stage.thread_bound for stage in stages)
+        in_order = any(stage.in_order for stage in stages)
         try:
             with kept_modes(self.model):
                 if alone or in_order or contested(step.stages):
@@ -443,7 +454,7 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
         kind = schedule_kind(options.schedule or plan.schedule)
     except ValueError as error:
         raise LoweringError(f"the local target: {error}") from error
-    shape = PipelineShape.of(depth, plan.num_microbatches, devices)
+    shape = PipelineShape.of(depth, plan.num_microbatches, devices, spread=spread_stages(plan))
     problem = kind.problem(shape)
     if not problem:
         return kind, shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ipu_pipeline.errors import StageError, StallError
-from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.ops.threads import take_threads
 
 Work = Callable[[Action], None]
@@ -21,6 +21,7 @@ Jobs = queue.SimpleQueue[tuple[int, Callable[[], None]] | None]
 POLL_S = 0.2
 # Wait so long for a thread that was told to stop; a stalled one is left behind.
 JOIN_S = 2.0
+_PASSES = {"F": "forward pass", "S": "softmax", "T": "gradient of the vocabulary's rows"}
 
 
 class Stopped(Exception):
@@ -31,7 +32,7 @@ class Stopped(Exception):
 class RunProgress:
     """Which actions are done, shared by all stages of one step."""
 
-    num_stages: int
+    schedule: Schedule
     done: set[Action] = field(default_factory=set)
     failure: tuple[int, Action | None, BaseException] | None = None
     current: dict[int, Action] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class RunProgress:
         Raises:
             Stopped: Another stage has failed.
         """
-        needed = requirements(action, self.num_stages)
+        needed = self.schedule.requirements(action)
         with self.changed:
             self.changed.wait_for(lambda: self.failure or needed <= self.done)
             if self.failure:
@@ -65,16 +66,16 @@ class RunProgress:
             self.failure = self.failure or (device, action, error)
             self.changed.notify_all()
 
-    def describe(self, rows: Sequence[Sequence[Action]]) -> str:
+    def describe(self) -> str:
         """Say what every device is doing or waiting for."""
         lines = []
-        for device, row in enumerate(rows):
+        for device, row in enumerate(self.schedule.rows):
             running = next((a for a in row if self.current.get(a.stage) == a), None)
             waiting = next((a for a in row if a.result not in self.done), None)
             if running is not None:
                 lines.append(f"device {device} is inside {running}")
             elif waiting is not None:
-                missing = requirements(waiting, self.num_stages) - self.done
+                missing = self.schedule.requirements(waiting) - self.done
                 lines.append(
                     f"device {device} waits to start {waiting} until "
                     f"{', '.join(map(str, sorted(missing)))} is done"
@@ -111,14 +112,14 @@ class StageThreads:
             StageError: A stage raised; its exception is the cause.
             StallError: Nothing was finished for ``stall_timeout_s``.
         """
-        progress = RunProgress(schedule.num_stages)
+        progress = RunProgress(schedule)
         finished = [threading.Event() for _ in schedule.rows]
         for device, row in enumerate(schedule.rows):
             here = contextvars.copy_context()  # what the user has set in context variables
             job = partial(here.run, _run_row, device, row, work, progress, finished[device])
             self._jobs[device].put((intra_op[device], job))
         try:
-            self._watch(progress, finished, schedule)
+            self._watch(progress, finished)
         except BaseException as error:
             progress.fail(-1, None, error)
             raise
@@ -128,15 +129,13 @@ class StageThreads:
         """Stop the threads; calling it again does nothing."""
         self._stop()
 
-    def _watch(
-        self, progress: RunProgress, finished: Sequence[threading.Event], schedule: Schedule
-    ) -> None:
+    def _watch(self, progress: RunProgress, finished: Sequence[threading.Event]) -> None:
         while not all(event.wait(POLL_S) for event in finished):
             silent_s = time.monotonic() - progress.last_change
             if silent_s > self.stall_timeout_s:
                 raise StallError(
                     f"no stage finished anything for {silent_s:.0f} s "
-                    f"({progress.describe(schedule.rows)}); if a single pass really takes that "
+                    f"({progress.describe()}); if a single pass really takes that "
                     "long, raise stall_timeout_s"
                 )
 
@@ -167,7 +166,7 @@ def run_sequentially(schedule: Schedule, work: Work, *, in_order: bool = False) 
     Raises:
         StageError: A stage raised; its exception is the cause.
     """
-    progress = RunProgress(schedule.num_stages)
+    progress = RunProgress(schedule)
     order: Sequence[Action] = schedule.total_order()
     if in_order:
         order = sorted(order, key=lambda action: action.microbatch)
@@ -188,9 +187,9 @@ def raise_failure(progress: RunProgress) -> None:
         raise error
     block = getattr(error, "pipeline_block", "")
     where = f" in block {block!r}" if block else ""
-    kind = "forward" if action.kind == "F" else "backward"
+    kind = _PASSES.get(action.kind, "backward pass")
     raise StageError(
-        f"stage {action.stage} failed{where} ({kind} pass of microbatch {action.microbatch}): "
+        f"stage {action.stage} failed{where} ({kind} of microbatch {action.microbatch}): "
         f"{type(error).__name__}: {error}"
     ) from error
 

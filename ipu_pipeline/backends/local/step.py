@@ -11,6 +11,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from ipu_pipeline.backends.local.vocabulary import VocabularyPasses
 from ipu_pipeline.capture.glue_run import GlueRun
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.stages.batch import Microbatch
@@ -56,6 +57,7 @@ class Step:
             for _ in (*own, None)  # and of a loss apart
         ]
         self._lock = Lock()
+        self.vocabulary = VocabularyPasses()
 
     def __call__(self, action: Action) -> None:
         """Run one action; an exception carries the name of the block it came from."""
@@ -65,6 +67,10 @@ class Step:
             with naming_snapshots(), torch.set_grad_enabled(self.grad):
                 if action.kind == "F":
                     self._forward(stage, action.microbatch)
+                elif action.kind == "S":
+                    self.vocabulary.softmax(stage.index, action.microbatch)
+                elif action.kind == "T":
+                    self.vocabulary.add_gradients(stage.index, action.microbatch)
                 elif action.kind != "W":  # I computes both gradients, nothing is left to W
                     self._backward(stage, action.microbatch)
         except Exception as error:
@@ -80,13 +86,22 @@ class Step:
             sent, results = stage.forward(
                 microbatch, part.inputs, received, key, alone=self.alone[stage.index]
             )
+        if stage.spread is not None and self.grad:
+            self.vocabulary.begin(microbatch, stage.softmax_of(microbatch))
         with self._lock:
             self._values.update({(microbatch, name): value for name, value in sent.items()})
             self.results[microbatch].update(results)
         if self.glue is not None and stage.index == len(self.busy_s) - 1:
             self.glue.finish()
 
+    def _finish_loss(self, stage: Stage, microbatch: int) -> None:
+        with autocast_region(self.options.precision, self.device):
+            results = stage.finish_loss(microbatch, self.vocabulary.parts_of(microbatch))
+        self.results[microbatch].update(results)
+
     def _backward(self, stage: Stage, microbatch: int) -> None:
+        if stage.spread is not None:
+            self._finish_loss(stage, microbatch)
         gradients = {}
         for name in stage.sends:
             parts = self._gradients.pop((microbatch, name), {})
@@ -107,6 +122,7 @@ class Step:
         parameters = dict.fromkeys(p for sums in self._shared for p in sums)
         for parameter in parameters:
             add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))
+        self.vocabulary.add_to_parameters()
 
     def join(self, later: Step) -> None:
         """Add what a later part of the same step has computed, but not its gradients."""

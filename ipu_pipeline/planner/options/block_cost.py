@@ -63,6 +63,19 @@ class BlockCost:
 
 
 @dataclass(frozen=True)
+class VocabularyChunks:
+    """Equal parts of a vocabulary's rows, as blocks that any stage with other blocks may take.
+
+    Attributes:
+        names: The blocks, in the order of the rows; nothing else depends on them.
+        entry_s: Seconds a microbatch of a stage with any of them, besides theirs.
+    """
+
+    names: tuple[str, ...]
+    entry_s: float
+
+
+@dataclass(frozen=True)
 class GraphCosts:
     """Prices of every block of a graph on one machine.
 
@@ -80,6 +93,9 @@ class GraphCosts:
             them: one device each, links as fast as for a rank's share of what crosses (tensors with
             gradients). Blocks then keep what enters them, and ``update_s`` is all that comes once
             per step.
+        message_overlap: Share of the messages of a spread vocabulary that runs beside passes, as
+            collectives; 0: the last stage asks the others one by one.
+        chunks: Parts of a vocabulary that is to be spread, whose costs are among ``blocks``.
     """
 
     blocks: Mapping[str, BlockCost]
@@ -89,6 +105,8 @@ class GraphCosts:
     frees_in_order: bool = False
     update_s: Mapping[str, float] = field(default_factory=dict)
     ranks: Machine | None = None
+    message_overlap: float = 0.0
+    chunks: VocabularyChunks | None = None
 
     def speed(self, device: int) -> float:
         """Relative speed of ``device``; 1.0 where nothing else was said."""

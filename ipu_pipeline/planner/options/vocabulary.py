@@ -39,6 +39,15 @@ def spread_head(graph: BlockGraph) -> FusedHead:
     return max(found, key=lambda head: head.table.rows)
 
 
+def can_spread(graph: BlockGraph) -> bool:
+    """Whether the vocabulary of ``graph`` can be spread."""
+    try:
+        spread_head(graph)
+    except PlanError:
+        return False
+    return True
+
+
 def lookups(graph: BlockGraph, head: FusedHead) -> dict[str, str]:
     """Return the parameter of every block that looks up in the head's table, or one as long."""
     found = {block.name: table_of(graph, block) for block in graph.blocks}
@@ -93,8 +102,9 @@ def check_vocabulary(plan: Plan) -> None:
     """Refuse a plan whose spread vocabulary does not fit its model.
 
     Raises:
-        PlanError: The model has no head that can be spread, or another number of rows; or a
-            block with one of its tables is serialized.
+        PlanError: The model has no head that can be spread, or another number of rows; or the
+            last stage does not have it and the loss, or a block with one of its tables is
+            serialized.
     """
     if plan.vocabulary is None:
         return
@@ -103,6 +113,13 @@ def check_vocabulary(plan: Plan) -> None:
         raise PlanError(
             f"the plan spreads {plan.vocabulary.size} rows of the vocabulary, and "
             f"{head.table.parameter!r} has {head.table.rows}; spread these"
+        )
+    apart = [n for n in (head.head.name, head.loss.name) if n not in plan.stages[-1].blocks]
+    if apart:
+        raise PlanError(
+            f"the vocabulary is spread over stages, and block {apart[0]!r} is not in the last one, "
+            f"which computes the softmax of {head.head.name!r} with the loss; put both there, or "
+            "plan without vocabulary"
         )
     names = {head.head.name, *lookups(plan.graph, head)}
     sliced = [

@@ -84,8 +84,9 @@ def _split_again(plan: Plan, machine: Machine, variant: Variant) -> Plan:
         execution_order=plan.schedule == "popart",
         tied=plan.settings.get("tied", "free"),
         update_s=plan.settings.get("update_s", {}),
+        vocabulary=None if plan.vocabulary is None else "auto",
     )
-    work = replace(workload_of(changed), factors={}, apart=())
+    work = replace(workload_of(replace(changed, vocabulary=None)), factors={}, apart=())
     return make_plan(plan.model, work, best_split(work, limits), plan.granularity)
 
 

@@ -9,7 +9,11 @@ from functools import lru_cache
 from ipu_pipeline.ir.limits import LIMITS, check_count
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.objective import Objective, Path
-from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+from ipu_pipeline.planner.schedules.rows import (
+    forward_passes,
+    one_forward_ahead,
+    one_row_per_device,
+)
 from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 
@@ -214,7 +218,8 @@ class ScheduleKind:
         if not shape.training:
             return (1,) * shape.num_stages
         if self.make_in_flight is not None:
-            return tuple(self.make_in_flight(shape))
+            count, more = shape.num_microbatches, min(1, len(shape.spread))
+            return tuple(min(kept + more, count) for kept in self.make_in_flight(shape))
         self._accept(shape)
         return _counted(self, shape)
 
@@ -235,6 +240,7 @@ class ScheduleKind:
 @lru_cache(maxsize=64)
 def _rows(kind: ScheduleKind, shape: PipelineShape) -> Schedule:
     made = kind.make_rows(shape)
+    made = one_forward_ahead(made) if shape.spread else made
     rows = one_row_per_device(made if shape.training else forward_passes(made), shape.devices)
     return with_vocabulary(rows, shape.spread)
 

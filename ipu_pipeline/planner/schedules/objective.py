@@ -79,7 +79,8 @@ class StagePrice:
     @property
     def load_s(self) -> float:
         """Seconds that one microbatch occupies the device."""
-        return self.forward_load_s + self.backward_load_s
+        passes_s = self.forward_load_s + self.backward_load_s
+        return passes_s + self.softmax_s + self.rows_s
 
 
 @dataclass(frozen=True)

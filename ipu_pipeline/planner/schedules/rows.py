@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, ActionKind, Schedule, requirements
@@ -95,6 +96,32 @@ def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Sche
         left -= len(step)
     rows_of_devices = tuple(tuple(row) for row in merged.values())
     return Schedule(schedule.name, schedule.num_stages, schedule.num_microbatches, rows_of_devices)
+
+
+def one_forward_ahead(schedule: Schedule) -> Schedule:
+    """Let every backward pass wait for one forward pass more of its row.
+
+    Between the last stage's forward and backward pass of a microbatch there is then a whole forward
+    and backward pass of others, in which all stages find the time for their softmax; every stage
+    keeps one microbatch more.
+
+    Source: Yeung et al., Balancing Pipeline Parallelism with Vocabulary Parallelism, MLSys 2025
+    (arXiv 2411.05288), section 5.2: as many microbatches more as there are barriers.
+    """
+    rows = []
+    for row in schedule.rows:
+        forwards = [action for action in row if action.kind == "F"]
+        made: list[Action] = []
+        seen = done = 0
+        for action in row:
+            if action.kind == "F":
+                seen += 1
+                continue
+            made += forwards[done : seen + 1]
+            done = min(seen + 1, len(forwards))
+            made.append(action)
+        rows.append((*made, *forwards[done:]))
+    return replace(schedule, rows=tuple(rows))
 
 
 def _owner(row: Sequence[Action], stage_devices: Sequence[int]) -> int:

@@ -19,8 +19,10 @@ from math import inf
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, Schedule
 
-# How long passes take while they are put in order, in units of a forward pass.
-_LENGTHS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "S": 1.0, "T": 0.5}
+# How long passes take while they are put in order, in units of a forward pass. Those of the
+# vocabulary are taken as short: rows made so lose next to nothing where they are long, but rows
+# made for long ones let all devices wait for each other where they are short.
+_LENGTHS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "S": 0.1, "T": 0.05}
 MOST_KEPT = 2
 
 

@@ -17,8 +17,9 @@ Read the files in this order:
    local search where the schedule itself puts several stages on every device.
 8. ``parallel.py``, ``pipeline_search.py``: what to try, with which search.
 9. ``step_bound.py``: the proven bound of the schedule's exact replay.
-10. ``infeasible.py`` with ``least_bytes.py``: what would help where nothing fits.
-11. ``given_split.py``: the stages of a plan, priced as they are annotated.
+10. ``spread.py``: the same with the vocabulary spread over stages, as chunks of its rows.
+11. ``infeasible.py`` with ``least_bytes.py``: what would help where nothing fits.
+12. ``given_split.py``: the stages of a plan, priced as they are annotated.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.vocabulary import can_spread
+from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import Change, InfeasibleError, explain
 from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.result import Partition
+from ipu_pipeline.planner.search.spread import CostsOf, Measured, SpreadSearch
 
 __all__ = [
     "Change",
@@ -42,6 +46,7 @@ __all__ = [
     "InfeasibleError",
     "Partition",
     "solve",
+    "solve_spread",
 ]
 
 StepPrice = Callable[[Partition], float]
@@ -89,3 +94,52 @@ def solve(
             "devices, or allow recompute or serialization"
         )
     return best.with_bound(found.step_bound(best.objective))
+
+
+def solve_spread(
+    graph: BlockGraph,
+    measured_s: Measured,
+    costs_of: CostsOf,
+    machine: Machine,
+    constraints: Constraints,
+    step: StepPrice,
+) -> Partition:
+    """As :func:`solve`, with the vocabulary whole or spread as the constraints say.
+
+    Args:
+        graph: The model.
+        measured_s: Measured seconds of its blocks; empty: computed.
+        costs_of: Prices the blocks of a graph of its blocks, or of shares of them.
+        machine: As for :func:`solve`.
+        constraints: The same.
+        step: The same.
+
+    Raises:
+        PartitionError: As :func:`solve`.
+        PlanError: The vocabulary is to be spread, and cannot be.
+    """
+    wanted, found = constraints.vocabulary, []
+    problem: PartitionError | None = None
+    if wanted in (None, "auto"):
+        try:
+            costs = costs_of(graph, measured_s)
+            found.append(solve(graph, costs, machine, constraints, step=step))
+        except PartitionError as error:
+            problem = error
+    if wanted is not None and (wanted != "auto" or _may_spread(graph, constraints)):
+        spread = SpreadSearch(graph, machine, constraints.schedule, costs_of, step, measured_s)
+        try:
+            found.append(spread.split(constraints, len(found[0].stages) if found else None))
+        except PartitionError as error:
+            problem = problem or error
+    if not found:
+        assert problem is not None
+        raise problem
+    best = min(found, key=lambda item: item.objective)
+    return best.with_bound(min(item.lower_bound for item in found))
+
+
+def _may_spread(graph: BlockGraph, constraints: Constraints) -> bool:
+    """Whether the vocabulary can be spread over the stages of the schedule."""
+    several = constraints.num_stages != 1 and not schedule_kind(constraints.schedule).lock_stepped
+    return several and can_spread(graph) and constraints.layers_per_ipu is None

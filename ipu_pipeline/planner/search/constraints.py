@@ -50,6 +50,8 @@ class Constraints:
         update_s: Block to the seconds its optimizer update takes once per step.
         first_split: Blocks of every stage of a known split: a local search starts there, too.
         time_limit_s: Stop proving after this many seconds; the gap says what is left open.
+        vocabulary: Whether blocks of the vocabulary are whole (``None``), spread over the stages
+            ``even`` or by the share of every stage, or the one that is faster (``auto``).
         max_ideals: Largest number of boundaries searched; beyond it only the execution order
             is split, and the bound stays one over every order.
     """
@@ -73,6 +75,7 @@ class Constraints:
     update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
     first_split: tuple[tuple[str, ...], ...] = ()
     time_limit_s: float | None = None
+    vocabulary: Literal["auto", "even"] | Sequence[float] | None = None
     max_ideals: int = 200_000
 
     def __post_init__(self) -> None:

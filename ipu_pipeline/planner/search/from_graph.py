@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -12,6 +13,7 @@ from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, Grap
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.problem import (
+    Entry,
     Exchange,
     Problem,
     Shared,
@@ -40,7 +42,7 @@ def build_problem(
     tied = graph.tied_groups if constraints.tied == "same_device" else ()
     return Problem(
         names=tuple(index),
-        preds=_predecessors(graph, constraints),
+        preds=_predecessors(graph, costs, constraints),
         options=_menus(graph, costs, constraints),
         values=tuple(_values(graph, machine, held=costs.ranks is None)),
         weight_bytes=private,
@@ -55,6 +57,7 @@ def build_problem(
         together=_together(graph, costs, constraints),
         same_device=device_groups(graph, (*constraints.same_device, *tied)),
         frees_in_order=costs.frees_in_order,
+        **_chunks(graph, costs),
     )
 
 
@@ -65,13 +68,14 @@ def build_slots(
     stage_devices: Sequence[int],
     graph: BlockGraph,
     num_microbatches: int,
+    spread: Sequence[int] = (),
 ) -> tuple[Slot, ...]:
     """Describe every stage position of a pipeline over ``stage_devices``."""
     pooled = machine.shared_memory
     shared = sum(map(_usable_bytes, machine.devices)) if pooled else 0
     last = len(stage_devices) - 1
     shape = PipelineShape.of(
-        len(stage_devices), num_microbatches, stage_devices, training=graph.training
+        len(stage_devices), num_microbatches, stage_devices, training=graph.training, spread=spread
     )
     kept = schedule_kind(constraints.schedule).in_flight(shape)
     slots = []
@@ -207,7 +211,18 @@ def _mask(graph: BlockGraph, names: Sequence[str]) -> int:
     return mask_of(graph.block_index[name] for name in names)
 
 
-def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
+def _chunks(graph: BlockGraph, costs: GraphCosts) -> dict[str, Any]:
+    """Fields of a problem with chunks of a spread vocabulary."""
+    if costs.chunks is None:
+        return {}
+    mask = _mask(graph, costs.chunks.names)
+    anchors = (1 << len(graph.blocks)) - 1 & ~mask
+    return {"entries": (Entry(costs.chunks.entry_s, mask),), "anchors": anchors}
+
+
+def _predecessors(
+    graph: BlockGraph, costs: GraphCosts, constraints: Constraints
+) -> tuple[int, ...]:
     index = graph.block_index
     preds = [0] * len(graph.blocks)
     for producer, consumer, tensor in graph.edges():
@@ -218,7 +233,11 @@ def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...
             )
         preds[index[consumer]] |= 1 << index[producer]
     if constraints.execution_order:
-        preds = [mask | (1 << (i - 1)) if i else mask for i, mask in enumerate(preds)]
+        free = set(costs.chunks.names) if costs.chunks else set()
+        preds = [
+            mask | (1 << (i - 1)) if i and graph.blocks[i].name not in free else mask
+            for i, mask in enumerate(preds)
+        ]
     return tuple(preds)
 
 

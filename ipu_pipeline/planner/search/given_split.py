@@ -11,6 +11,7 @@ from ipu_pipeline.ir.graph import BlockGraph, TensorSpec
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
+from ipu_pipeline.planner.options.vocabulary_shares import Share, VocabularyShares, with_shares
 from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
@@ -55,15 +56,17 @@ class GivenStages:
 
 
 def price_stages(plan: Plan, costs: GraphCosts) -> GivenStages:
-    """Price the stages of ``plan`` with its own recomputation, slices and split tables.
+    """Price the stages of ``plan`` with its own recomputation, slices and shares of tables.
 
     A block that would save nothing by recomputation stays plain. Whether a stage fits its memory
     is not asked.
 
     Args:
         plan: The plan.
-        costs: Prices of its blocks; they must offer the plan's numbers of slices.
+        costs: Prices of its blocks, and of its shares of the vocabulary (``with_shares``); they
+            must offer the plan's numbers of slices.
     """
+    whole, (plan, shares) = plan.graph, with_shares(plan)
     devices = tuple(stage.device for stage in plan.stages)
     limits = Constraints(
         stage_devices=devices,
@@ -76,15 +79,20 @@ def price_stages(plan: Plan, costs: GraphCosts) -> GivenStages:
         update_s=plan.settings.get("update_s", {}),
     )
     graph, costs = _with_split_tables(plan.graph, costs, plan)
+    spread = _vocabulary_s(plan, whole, costs, shares)
+    costs = _shares_apart(costs, shares)
     built = build_problem(graph, costs, plan.machine, limits)
-    slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
+    slots = build_slots(
+        costs, plan.machine, limits, devices, graph, plan.num_microbatches, sorted(shares)
+    )
     slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
     pricer, done, prices, boundaries, copies = OptionPricer(built), 0, [], [], []
-    for stage, slot in zip(plan.stages, slots, strict=True):
+    for number, (stage, slot) in enumerate(zip(plan.stages, slots, strict=True)):
         mask = mask_of(graph.block_index[name] for name in stage.blocks)
         best = pricer.best(done, mask, slot)
         assert best is not None  # the memory has no limit here
-        prices.append(best)
+        softmax_s, rows_s = spread.get(number, (0.0, 0.0))
+        prices.append(replace(best, softmax_s=softmax_s, rows_s=rows_s))
         forward_in_s, backward_out_s = pricer.crossing_s(done, slot.link_in)
         done |= mask
         forward_out_s, backward_in_s = pricer.crossing_s(done, slot.link_out)
@@ -104,10 +112,48 @@ def price_stages(plan: Plan, costs: GraphCosts) -> GivenStages:
                 0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
             ),
             in_flight=stage.in_flight,
+            softmax_s=own_price.softmax_s,
+            rows_s=own_price.rows_s,
         )
-        for stage, own in zip(split.stages, copies, strict=True)
+        for stage, own, own_price in zip(split.stages, copies, prices, strict=True)
     )
     return GivenStages(split, loads, tuple(price.outer_s for price in prices))
+
+
+def _shares_apart(costs: GraphCosts, shares: Mapping[int, Share]) -> GraphCosts:
+    """Take the seconds of shares of the vocabulary out of their blocks: no pass has them."""
+    quiet = {
+        name: replace(costs.blocks[name].plain, forward_s=0.0, backward_s=0.0)
+        for share in shares.values()
+        for name in share.names
+    }
+    alone = {name: replace(costs.blocks[name], choices=(way,)) for name, way in quiet.items()}
+    return replace(costs, blocks={**costs.blocks, **alone})
+
+
+def _vocabulary_s(
+    plan: Plan, graph: BlockGraph, costs: GraphCosts, shares: Mapping[int, Share]
+) -> dict[int, tuple[float, float]]:
+    """Return the seconds of softmax and rows of every share, with its messages.
+
+    These go over the slowest link between two of the devices. Where they are no collectives, the
+    last stage sends to and hears from every other one.
+    """
+    last = plan.num_stages - 1
+    devices = {plan.stages[stage].device for stage in (*shares, last)}
+    alone = len(devices) < 2 or plan.machine.shared_memory
+    link = None if alone else plan.machine.link_between(min(devices), max(devices))
+    overlap, found = costs.message_overlap, {}
+    messages = VocabularyShares(graph).message_s(link, overlap) if shares else (0.0, 0.0)
+    for stage, share in shares.items():
+        speed = costs.speed(plan.stages[stage].device)
+        softmax_s, rows_s = (
+            sum(costs.blocks[name].plain.total_s for name in names) / speed
+            for names in (share.softmax, share.rows)
+        )
+        others = 1 if overlap or stage != last else len(shares.keys() - {last})
+        found[stage] = softmax_s + others * messages[0], rows_s + messages[1]
+    return found
 
 
 @dataclass(frozen=True)

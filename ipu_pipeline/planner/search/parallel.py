@@ -56,7 +56,8 @@ def candidate(
     problem: Problem,
 ) -> CandidatePipeline:
     """Describe the positions of one pipeline."""
-    slots = build_slots(costs, machine, constraints, shape.devices, graph, shape.num_microbatches)
+    count, spread = shape.num_microbatches, shape.spread
+    slots = build_slots(costs, machine, constraints, shape.devices, graph, count, spread)
     if machine.shared_memory and ample_memory(problem, slots):
         slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
     rule = None

@@ -344,10 +344,10 @@ def search(
     built = build_problem(graph, costs, machine, constraints)
     engine = Engine(built, constraints)
     partitions: list[Partition] = []
-    pipelines = [
-        candidate(graph, costs, machine, constraints, shape, built)
-        for shape in pipeline_shapes(graph, machine, constraints)
-    ]
+    shapes = pipeline_shapes(graph, machine, constraints)
+    if costs.chunks is not None:  # any stage may hold rows
+        shapes = [replace(shape, spread=tuple(range(shape.num_stages))) for shape in shapes]
+    pipelines = [candidate(graph, costs, machine, constraints, shape, built) for shape in shapes]
     batches = list(_batches(engine, pipelines))
     upper = lower = inf
     for members, together in batches:

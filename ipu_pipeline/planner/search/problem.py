@@ -52,6 +52,19 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a stage takes once a microbatch, however many of some blocks it has.
+
+    Attributes:
+        seconds: At speed 1.
+        users: Mask of the blocks.
+    """
+
+    seconds: float
+    users: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """Gradients of a tied parameter that the stages holding it add up once per step.
 
@@ -80,6 +93,8 @@ class Problem:
         exchanges: Gradient exchanges between stages that hold the same parameter.
         together: Masks of blocks that must be in one stage.
         same_device: Masks of blocks whose stages must be on one device.
+        entries: Seconds of stages with any of some blocks.
+        anchors: Mask of blocks of which every stage has at least one; 0: any block will do.
     """
 
     names: tuple[str, ...]
@@ -94,6 +109,8 @@ class Problem:
     together: tuple[int, ...] = ()
     same_device: tuple[int, ...] = ()
     frees_in_order: bool = False
+    entries: tuple[Entry, ...] = ()
+    anchors: int = 0
 
     @property
     def num_blocks(self) -> int:

@@ -8,7 +8,8 @@ from itertools import accumulate
 from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import PlannedStage
+from ipu_pipeline.ir.plan import PlannedStage, VocabularyRows
+from ipu_pipeline.ir.text import about_megabytes
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
@@ -31,6 +32,7 @@ class Partition:
         num_microbatches: Microbatches per step of one pipeline.
         replicas: Copies of the pipeline, each with its own devices.
         settings: The backend's own settings that the split was priced under, as JSON data.
+        vocabulary: Which stage holds which rows, where the vocabulary is spread.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -41,6 +43,7 @@ class Partition:
     num_microbatches: int
     replicas: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    vocabulary: VocabularyRows | None = None
 
     @property
     def gap(self) -> float:
@@ -96,6 +99,7 @@ def to_partition(
                 memory_bytes=round(held - (_never_at_once(choices) if built.frees_in_order else 0)),
                 in_flight=slot.in_flight,
                 weight_bytes=round(weights),
+                vocabulary_s=price.softmax_s + price.rows_s,
                 stash_bytes=round(max(0.0, held - weights - space) / max(1, slot.in_flight)),
             )
         )
@@ -146,7 +150,7 @@ def _binding(
 ) -> str:
     loads: dict[int, float] = {}
     for stage in stages:
-        load_s = stage.forward_s + stage.backward_s + stage.transfer_s
+        load_s = stage.forward_s + stage.backward_s + stage.transfer_s + stage.vocabulary_s
         loads[stage.device] = loads.get(stage.device, 0.0) + load_s
     busiest = max(loads, key=lambda device: loads[device])
     indices = [str(index) for index, stage in enumerate(stages) if stage.device == busiest]
@@ -164,8 +168,8 @@ def _binding(
         limit = machine.devices[stages[fullest].device]
         text += (
             f"; memory: stage {_ranges(slowed)} recompute or serialize to fit (fullest: stage "
-            f"{fullest} with {stages[fullest].memory_bytes / 1e6:.4g} of "
-            f"{(limit.memory_bytes - limit.reserved_bytes) / 1e6:.4g} MB)"
+            f"{fullest} with {about_megabytes(stages[fullest].memory_bytes)} of "
+            f"{about_megabytes(limit.memory_bytes - limit.reserved_bytes)} MB)"
         )
     return text
 

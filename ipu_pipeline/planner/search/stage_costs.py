@@ -58,6 +58,8 @@ class StageCostTable:
         self._entering = self._entering_bytes()
         self._tied = [(item.num_bytes, self._users(item.users)) for item in problem.shared_weights]
         self._inputs = [(item.num_bytes, self._users(item.users)) for item in problem.inputs]
+        self._entries = [(item.seconds, self._users(item.users)) for item in problem.entries]
+        self._anchors = self._users(problem.anchors) if problem.anchors else None
         self._space = max((o.workspace_bytes for ways in problem.options for o in ways), default=0)
 
     def row(self, start: int, slot: Slot, limit_s: float, wanted: Bools) -> StageCosts:
@@ -70,6 +72,8 @@ class StageCostTable:
         """Seconds of the stages from ``start`` to ``targets`` with their quickest options."""
         load_s: Floats = (self.lattice.work_s[targets] - self.lattice.work_s[start]) / slot.speed
         load_s += self._transfer_s(start, targets, slot)
+        for seconds, users in self._entries:
+            load_s += seconds / slot.speed * (users[targets] > users[start])
         return load_s
 
     def reach(self, start: int, slot: Slot, limit_s: float) -> Ints:
@@ -77,7 +81,10 @@ class StageCostTable:
         work = self.lattice.work_s
         top = (work[start] + limit_s * slot.speed) * (1 + 1e-12) if limit_s < inf else inf
         stop = int(np.searchsorted(work, top, side="right"))
-        return self.lattice.supersets(start, start + 1, stop)
+        found = self.lattice.supersets(start, start + 1, stop)
+        if self._anchors is None:
+            return found
+        return found[self._anchors[found] > self._anchors[start]]
 
     def with_memory(self, start: int, targets: Ints, load_s: Floats, slot: Slot) -> StageCosts:
         """Mark what surely fits, what surely does not, and what must be looked at."""

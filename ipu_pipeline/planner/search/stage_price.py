@@ -116,7 +116,8 @@ class OptionPricer:
         self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False
     ) -> list[StagePrice]:
         """Return every undominated way to run ``stage``, as :meth:`StagePricer.prices`."""
-        if stage & slot.forbidden:
+        anchors = self.problem.anchors
+        if stage & slot.forbidden or (anchors and not stage & anchors):
             return []
         base = self.base_bytes(done, stage, slot.in_flight)
         shared = 0.0 if shared_pool else self.shared_bytes(stage)
@@ -131,9 +132,10 @@ class OptionPricer:
     ) -> StagePrice:
         """Return the price of a stage that holds ``base`` bytes besides those of its options."""
         send_forward, send_backward = self.transfers(done, stage, slot)
+        entering_s = sum(item.seconds for item in self.problem.entries if item.users & stage)
         return StagePrice(
             chosen.forward_s / slot.speed,
-            chosen.backward_s / slot.speed,
+            (chosen.backward_s + entering_s) / slot.speed,
             send_forward,
             send_backward,
             self.outer_s(stage) / slot.speed,

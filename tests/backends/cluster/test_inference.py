@@ -51,6 +51,10 @@ def test_four_stages_and_two_replicas(four: Processes) -> None:
     ("job", "message"),
     [
         ({"planned": {"num_stages": 2}, "precision": "bf16"}, "is autocast, which does not know"),
+        (
+            {"planned": {"num_stages": 2, "vocabulary": "even"}},
+            "spreads the vocabulary over stages, and generate and forward look up",
+        ),
     ],
 )
 def test_what_ranks_cannot_do_together_is_refused(

@@ -30,7 +30,7 @@ def compiled(
 ) -> tuple[LocalExecutable, dict[str, Tensor]]:
     """Return an executable and a batch of ``2 * microbatches`` samples."""
     model, _ = TINY["bert-qa"].build(dropout=dropout)
-    _, batch = TINY["bert-qa"].build(batch_size=2 * microbatches, seed=3)
+    batch = TINY["bert-qa"].batch(batch_size=2 * microbatches, seed=3)
     # How losses weigh is measured at the first step, which takes longest: other files ask that.
     options = {"loss_weights": "samples", **options}
     plan = planned("bert-qa", dropout=dropout, num_stages=num_stages, microbatches=microbatches)
@@ -51,10 +51,12 @@ def eager_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, 
     return loss.item(), found
 
 
-def assert_equals_eager(model: nn.Module, plan: ipp.Plan, batch: dict[str, Tensor]) -> None:
+def assert_equals_eager(
+    model: nn.Module, plan: ipp.Plan, batch: dict[str, Tensor], **options: Any
+) -> None:
     """Compare loss and EVERY gradient of the plan's stages with plain torch."""
     expected_loss, expected = eager_gradients(model, batch)
-    with ipp.compile(model, plan, self_check=False) as executable:
+    with ipp.compile(model, plan, self_check=False, **options) as executable:
         loss = executable.forward_backward(batch)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert loss == pytest.approx(expected_loss, rel=1e-6)

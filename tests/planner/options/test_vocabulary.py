@@ -79,25 +79,33 @@ def test_the_plan_keeps_its_rows(tmp_path: Path) -> None:
     made = ipp.plan(model, batch, num_stages=2, vocabulary="even")
     assert made.vocabulary is not None
     size = made.vocabulary.size
+    middle = round(size / 2)
     path = tmp_path / "plan.json"
     made.save(path)
     assert json.loads(path.read_text())["vocabulary"]["rows"] == [
-        [0, 0, size // 2],
-        [1, size // 2, size],
+        [0, 0, middle],
+        [1, middle, size],
     ]
     assert Plan.load(path) == made
-    assert f"vocabulary spread: rows 0-{size // 2 - 1} (stage 0)" in made.explain()
+    assert f"vocabulary spread: rows 0-{middle - 1} (stage 0)" in made.explain()
     assert replace(made, vocabulary=None).edited
     with pytest.raises(PlanError, match=rf"spreads 4 rows of the vocabulary.* has {size}"):
         check_vocabulary(replace(made, vocabulary=VocabularyRows(((0, 0, 2), (1, 2, 4)))))
     stages = (replace(made.stages[0], serialize={made.stages[0].blocks[0]: 2}), made.stages[1])
     with pytest.raises(PlanError, match="is serialized and its table is spread"):
         check_vocabulary(replace(made, stages=stages))
+    moved = made.stages[1].blocks
+    apart = (
+        replace(made.stages[0], blocks=(*made.stages[0].blocks, *moved[:-1])),
+        replace(made.stages[1], blocks=moved[-1:]),
+    )
+    with pytest.raises(PlanError, match="is not in the last one, which computes the softmax"):
+        check_vocabulary(replace(made, stages=apart))
 
 
 def test_the_command_line_reads_shares() -> None:
     assert read_shares(None) is None
     assert read_shares("even") == "even"
     assert read_shares("1,2.5") == [1.0, 2.5]
-    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give even, or one share"):
+    with pytest.raises(ValueError, match="--vocabulary is '1,x'; give auto, even, or one share"):
         read_shares("1,x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from ipu_pipeline.planner.schedules import (
     schedule_names,
     step_seconds,
 )
+from ipu_pipeline.planner.schedules.replay import KINDS
 from tests.planner.schedules.torch_oracle import shape_for
 
 REPLAYED = [name for name in schedule_names() if not schedule_kind(name).lock_stepped]
@@ -33,7 +35,7 @@ def bound_seconds(kind, shape, times):
 
 
 @st.composite
-def pipelines(draw, names=REPLAYED, most_microbatches: int = 20):
+def pipelines(draw, names=REPLAYED, most_microbatches: int = 20, *, spread: bool = False):
     kind = schedule_kind(draw(st.sampled_from(names)))
     numbers = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     shape = shape_for(kind, *numbers, draw(st.integers(1, most_microbatches)))
@@ -42,6 +44,13 @@ def pipelines(draw, names=REPLAYED, most_microbatches: int = 20):
     assert shape is not None
     stage = st.builds(StagePrice.split, seconds, seconds, st.floats(0, 0.3))
     times = draw(st.lists(stage, min_size=shape.num_stages, max_size=shape.num_stages))
+    if spread and not kind.lock_stepped:
+        holders = draw(st.sets(st.integers(0, shape.num_stages - 1), min_size=1))
+        shape = replace(shape, spread=tuple(sorted(holders)))
+        times = [
+            replace(price, softmax_s=draw(seconds), rows_s=draw(seconds)) if n in holders else price
+            for n, price in enumerate(times)
+        ]
     return kind, shape, times
 
 
@@ -51,11 +60,12 @@ def naive(kind, shape, times) -> float:
     free, ends = [0.0] * len(rows), {}
     while any(rows):
         for index, row in enumerate(rows):
-            while row and requirements(row[0], shape.num_stages) <= set(ends):
+            while row and requirements(row[0], shape.num_stages, shape.spread) <= set(ends):
                 action = row.pop(0)
                 stage = times[action.stage]
-                lasts = dict(zip("FBIW", stage.by_kind, strict=True))[action.kind]
-                needed = [ends[item] for item in requirements(action, shape.num_stages)]
+                lasts = dict(zip(KINDS, stage.by_kind, strict=True))[action.kind]
+                waits = requirements(action, shape.num_stages, shape.spread)
+                needed = [ends[item] for item in waits]
                 free[index] = max([free[index], *needed]) + lasts
                 ends[action.result] = free[index]
     return max(free)
@@ -65,6 +75,17 @@ def naive(kind, shape, times) -> float:
 @given(pipelines(most_microbatches=8))
 def test_the_replay_is_the_naive_simulation(case) -> None:
     assert step_seconds(*case) == pytest.approx(naive(*case), rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pipelines(most_microbatches=8, spread=True))
+def test_the_replay_with_a_spread_vocabulary_is_the_naive_simulation(case) -> None:
+    assert step_seconds(*case) == pytest.approx(naive(*case), rel=1e-12)
+
+
+@given(pipelines(spread=True))
+def test_no_replay_with_a_spread_vocabulary_is_below_its_paths(case) -> None:
+    assert bound_seconds(*case) <= step_seconds(*case) * (1 + 1e-12)
 
 
 @given(pipelines())

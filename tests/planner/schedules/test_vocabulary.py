@@ -36,8 +36,9 @@ def test_every_schedule_runs_them(name: str) -> None:
     kind = schedule_kind(name)
     rows = kind.rows(shape)
     plain = kind.rows(replace(shape, spread=()))
-    kept = tuple(tuple(a for a in row if a.kind not in "ST") for row in rows.rows)
-    assert kept == plain.rows, "all other actions keep their order"
+    for own, before in zip(rows.rows, plain.rows, strict=True):
+        for kinds in ("F", "BIW"):  # which keep their order
+            assert [a for a in own if a.kind in kinds] == [a for a in before if a.kind in kinds]
     counted = Counter((a.stage, a.kind) for row in rows.rows for a in row if a.kind in "ST")
     assert counted == {(s, k): 8 for s in range(shape.num_stages) for k in "ST"}
     place = {a: n for n, a in enumerate(rows.total_order())}
@@ -49,7 +50,8 @@ def test_every_schedule_runs_them(name: str) -> None:
     for microbatch in range(8):
         softmaxes = [place[Action(s, "S", microbatch)] for s in range(shape.num_stages)]
         assert place[Action(last, "F", microbatch)] < min(softmaxes)
-    assert rows.peaks_in_flight == plain.peaks_in_flight
+    peaks = zip(plain.peaks_in_flight, rows.peaks_in_flight, strict=True)
+    assert all(less <= more <= less + 1 for less, more in peaks)
 
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
@@ -72,8 +74,8 @@ def test_the_backward_pass_waits_for_all_of_them() -> None:
     assert rows.requirements(Action(0, "S", 2)) == {Action(1, "F", 2)}
     assert rows.requirements(Action(0, "T", 2)) == {Action(0, "S", 2), Action(1, "B", 2)}
     assert rows.to_csv() == (
-        "0F0,0F1,0S0,0B0,0S1,0T0,0F2,0B1,0S2,0T1,0B2,0T2\n"
-        "1F0,1S0,1B0,1F1,1S1,1T0,1B1,1F2,1S2,1T1,1B2,1T2\n"
+        "0F0,0F1,0S0,0F2,0S1,0T0,0B0,0S2,0T1,0B1,0B2,0T2\n"
+        "1F0,1S0,1F1,1S1,1B0,1T0,1F2,1S2,1B1,1T1,1B2,1T2\n"
     )
 
 

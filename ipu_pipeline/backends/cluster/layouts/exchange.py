@@ -92,6 +92,11 @@ def _refuse_what_no_format_says(plan: Plan) -> None:
             f"{plan.granularity}; other frameworks cut between layers: plan with --granularity "
             "layer"
         )
+    if plan.vocabulary is not None:
+        raise PlanError(
+            "the plan spreads its vocabulary over stages, which no other framework does; plan "
+            "without vocabulary"
+        )
     for index, stage in enumerate(plan.stages):
         for what, names in (("runs in slices", stage.serialize),
                             ("is spread over stages", stage.table_slices)):  # fmt: skip

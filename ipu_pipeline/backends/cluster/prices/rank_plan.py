@@ -24,7 +24,14 @@ from ipu_pipeline.ir.text import GIGABYTES
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.cost_models import device_speeds
-from ipu_pipeline.planner.price import PlanPrice, counted_costs, kept_by_last_stage, workload_of
+from ipu_pipeline.planner.options.vocabulary_shares import with_shares
+from ipu_pipeline.planner.price import (
+    PlanPrice,
+    counted_costs,
+    kept_by_last_stage,
+    spread_stages,
+    workload_of,
+)
 from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search.given_split import price_stages
 
@@ -74,7 +81,7 @@ class RankCosts:
         }
         return GraphCosts(
             blocks, "analytic", device_speeds(machine), together, in_order, self._updates(),
-            ranks=machine,
+            ranks=machine, message_overlap=self.pricer.engine.tensor_overlap,
         )  # fmt: skip
 
     def _menus(
@@ -290,14 +297,15 @@ def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
     costs = rank_costs.all()
     assert costs.ranks is not None
     found = price_stages(replace(plan, machine=costs.ranks), costs)
-    pricer = replace(rank_costs.pricer, sizes=sizes)
+    pricer, (spread, _) = replace(rank_costs.pricer, sizes=sizes), with_shares(plan)
     step = RankStep(
         pricer=pricer,
         loads=found.halved(whole=pricer.engine.ours).loads,
-        parameters=tuple(pricer.parameters(_joined(plan.graph, s.blocks)) for s in plan.stages),
+        parameters=tuple(pricer.parameters(_joined(work.graph, s.blocks)) for s in spread.stages),
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
         update_s=found.once_s,
+        spread=spread_stages(plan),
     )
     return step, costs.ranks, found.split.binding
 

@@ -57,6 +57,7 @@ class RankStep:
         schedule: Name of the schedule.
         num_microbatches: Of one step of one pipeline.
         update_s: Seconds of the update of every stage.
+        spread: Stages that hold rows of a vocabulary that is spread.
     """
 
     pricer: RankPricer
@@ -65,12 +66,13 @@ class RankStep:
     schedule: str
     num_microbatches: int
     update_s: tuple[float, ...]
+    spread: tuple[int, ...] = ()
 
     @cached_property
     def shape(self) -> PipelineShape:
         """Stages and their ranks, numbered in the order of their first stages."""
         devices = [load.device for load in self.loads]
-        shape = PipelineShape.of(len(devices), self.num_microbatches, devices)
+        shape = PipelineShape.of(len(devices), self.num_microbatches, devices, spread=self.spread)
         return replace(shape, devices=shape.positions)
 
     @cached_property

@@ -121,10 +121,14 @@ class QuickPrice:
         """Bytes of weights, gradients and optimizer state of all ranks of a pipeline."""
         return self.pricer.state_bytes(self.chain.parameters)
 
-    def bound_s(self) -> float:
+    def bound_s(self, *, spread: bool = False) -> float:
         """Return a bound of the step over all splits; infinite where nothing fits.
 
         All ranks together keep one microbatch of every block at least.
+
+        Args:
+            spread: Also over those whose vocabulary is spread: their rows are computed beside the
+                passes that fill and flush the pipeline.
         """
         pp, count, room = self.config.sizes.pp, self.config.num_microbatches, self.capacity
         if self.state_bytes > pp * room:
@@ -132,7 +136,7 @@ class QuickPrice:
         needed = self.state_bytes + self.chain.saved_bytes
         more_s = self.chain.recomputed_s(needed - pp * room)
         passes = count / pp
-        if self.config.schedule == "1f1b" and count > pp:
+        if self.config.schedule == "1f1b" and count > pp and not spread:
             passes = (count + pp - 1) / pp
         total_s = passes * (self.chain.total_s + more_s)
         return total_s + self.pricer.update_s(self.chain.parameters) / pp

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_step_of
@@ -23,12 +23,15 @@ from ipu_pipeline.backends.cluster.tune.space import GpuConfiguration, GpuReques
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage, VocabularyRows
 from ipu_pipeline.ir.rates import Rates, rates_of
 from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.vocabulary import can_spread
 from ipu_pipeline.planner.price import make_plan, step_s
 from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.planner.search.pipeline_search import search
+from ipu_pipeline.planner.search.spread import SpreadSearch
 
 # Seconds of this process's own work, which other processes do not shorten.
 QUICK_S = 2.5  # of quick splits
@@ -36,6 +39,7 @@ EXACT_S = 5.0  # of everything
 SPLIT_S = 1.5  # of the search of one configuration
 _PRICED = 24  # quick splits that get their real price
 _SLOWEST = 2.0  # points of the front take at most so many times the best step
+_Key = tuple[GpuConfiguration, tuple[PlannedStage, ...], VocabularyRows | None]
 Progress = Callable[[str, int, int], None]
 Capture = Callable[[int], BlockGraph]
 
@@ -164,11 +168,12 @@ class _Search:
         self.graphs, self.machine, self.request, self.model = graphs, machine, request, model
         self.deadline, self.progress = deadline, progress
         self.profiles = Profiles(graphs, machine, request.settings)
-        self.points: dict[tuple[GpuConfiguration, tuple[PlannedStage, ...]], GpuPoint] = {}
+        self.points: dict[_Key, GpuPoint] = {}
 
     def run(self, found: list[GpuConfiguration]) -> GpuTuneResult:
         """Return the front and the bound."""
-        bounds = {config: self.profiles.of(config).bound_s() for config in found}
+        spread = self.request.vocabulary is not None
+        bounds = {config: self.profiles.of(config).bound_s(spread=spread) for config in found}
         for split in self._promising(self._quick(bounds)):
             self._price(split.config, split.stages)
         searched = self._exact(bounds)
@@ -238,17 +243,36 @@ class _Search:
         work, limits = self._work(config), self._limits(config)
         costs = RankCosts(work).all()
         assert costs.ranks is not None
+        spread_s = self._spread(config, work, limits)
         try:
             found = search(work.graph, costs, costs.ranks, limits)
         except PartitionError:
-            return inf  # the constraints leave no split
+            return spread_s  # the constraints leave no other split
         if not found.partitions:
-            return found.lower_bound
+            return min(spread_s, found.lower_bound)
         priced = [(step_s(work, item), number) for number, item in enumerate(found.partitions)]
         seconds, number = min(priced)
         if seconds < inf:
             self._price(config, found.partitions[number].stages)
-        return found.step_bound(min(seconds, best_s))
+        return min(spread_s, found.step_bound(min(seconds, best_s)))
+
+    def _spread(self, config: GpuConfiguration, work: Workload, limits: Constraints) -> float:
+        """Try the vocabulary spread over the stages; return the bound of such plans."""
+        if self.request.vocabulary is None or config.sizes.pp == 1 or not can_spread(work.graph):
+            return inf
+
+        def costs_of(graph: BlockGraph, _: object) -> GraphCosts:
+            return RankCosts(replace(work, graph=graph)).all()
+
+        limits = replace(limits, vocabulary="auto")
+        spread = SpreadSearch(work.graph, self.machine, config.schedule, costs_of,
+                              partial(step_s, work))  # fmt: skip
+        try:
+            found = spread.split(limits)
+        except PartitionError:
+            return inf
+        self._keep(config, found.stages, make_plan(self.model, work, found))
+        return found.lower_bound
 
     def _limits(self, config: GpuConfiguration) -> Constraints:
         ways = {"none": "never", "full": "always"}
@@ -273,12 +297,12 @@ class _Search:
 
     def _price(self, config: GpuConfiguration, stages: tuple[PlannedStage, ...]) -> None:
         """Keep a plan by its real price, if it fits."""
-        key = (config, stages)
-        if key in self.points:
-            return
-        plan = make_plan(self.model, self._work(config), stages)
+        if (config, stages, None) not in self.points:
+            self._keep(config, stages, make_plan(self.model, self._work(config), stages))
+
+    def _keep(self, config: GpuConfiguration, stages: tuple[PlannedStage, ...], plan: Plan) -> None:
         if not plan.misfits:
-            self.points[key] = GpuPoint(plan, config)
+            self.points[config, stages, plan.vocabulary] = GpuPoint(plan, config)
 
     def _misfit(self, bounds: Mapping[GpuConfiguration, float]) -> str:
         least = min(self.profiles.of(config).state_bytes / config.sizes.pp for config in bounds)

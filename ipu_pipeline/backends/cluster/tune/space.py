@@ -44,6 +44,7 @@ class GpuRequest:
         zero_stage: 0 to 3.
         schedule: Name.
         recompute: ``none``, ``full`` or parts of layers, separated by commas.
+        vocabulary: ``auto``: a vocabulary spread over stages is tried, too.
         settings: What all configurations have in common: engine, precision, optimizer, ...
     """
 
@@ -58,6 +59,7 @@ class GpuRequest:
     zero_stage: int | None = None
     schedule: str | None = None
     recompute: str | None = None
+    vocabulary: str | None = None
     settings: GpuSettings = field(default_factory=lambda: GpuSettings(engine="megatron"))
 
     def __post_init__(self) -> None:
@@ -72,6 +74,16 @@ class GpuRequest:
         if self.schedule is not None:
             schedule_kind(self.schedule)
         GpuSettings.read({"recompute": list(self.parts[0])})
+        if self.vocabulary not in (None, "auto"):
+            raise ValueError(
+                f"vocabulary is {self.vocabulary!r}; tune knows auto, which spreads it over stages "
+                "where that is faster; give other shares to plan"
+            )
+        if self.vocabulary and self.settings.engine != "torch":
+            raise ValueError(
+                f"engine {self.settings.engine} does not spread the vocabulary over stages; leave "
+                "--vocabulary out, or tune for this project's own processes: --engine torch"
+            )
         if self.settings.engine == "torch":
             wrong = [name for name in ("tp", "cp", "ep") if (getattr(self, name) or 1) > 1]
             wrong += ["zero_stage"] if self.zero_stage else []

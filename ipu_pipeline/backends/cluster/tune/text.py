@@ -50,7 +50,9 @@ def _row(point: GpuPoint) -> tuple[str, ...]:
         f"{point.memory_bytes / 1e9:.1f}",
         f"{_named(sizes)} zero{sizes.zero_stage}",
         f"{point.config.num_microbatches} x {sizes.micro_batch}",
-        point.config.schedule if sizes.pp > 1 else "-",
+        f"{point.config.schedule}{' + vocabulary' if point.plan.vocabulary else ''}"
+        if sizes.pp > 1
+        else "-",
         "+".join(recomputed) or "none",
     )
 
@@ -70,7 +72,8 @@ def shares(point: GpuPoint) -> dict[str, float]:
     """
     step, count = point.step, point.plan.num_microbatches
     pp = step.pricer.sizes.pp
-    passes = sum(one.forward_s + one.backward_s for one in step.loads) * count / pp
+    passes = sum(one.forward_s + one.backward_s + one.softmax_s + one.rows_s for one in step.loads)
+    passes *= count / pp
     layers = [b for b in point.plan.graph.blocks if b.kind == "layer"]
     known: dict[int, float] = {}
     within = 0.0
@@ -151,6 +154,7 @@ def _point_json(point: GpuPoint) -> dict[str, Any]:
         "microbatches": point.config.num_microbatches,
         "schedule": point.config.schedule,
         "recompute": list(sizes.recompute),
+        "vocabulary": None if point.plan.vocabulary is None else point.plan.vocabulary.rows,
         "recomputed_layers": [len(stage.recompute) for stage in point.plan.stages],
         "blocks": [len(stage.blocks) for stage in point.plan.stages],
         "shares_s": shares(point),

@@ -41,15 +41,16 @@ def _paths(shape: PipelineShape) -> list[Path]:
 
     The first microbatch runs to the end and back to s, which computes ``G-w-1`` pairs; the last
     one goes on to the end and back to the first stage. Or: all of the stage's passes, with the
-    forward passes before it and the backward passes behind.
+    forward passes before it and the backward passes behind. Where the vocabulary is spread, a stage
+    has run one microbatch more forward before the first one comes back.
     """
     depth, count = shape.num_stages, shape.num_microbatches
-    found = []
+    found, ahead = [], min(1, len(shape.spread))
     for stage in range(depth):
         behind = depth - 1 - stage
         found.append(Path.of([1] * stage + [count] + [0] * behind))
-        if count > behind:
-            found.append(Path.of([1] * stage + [count - behind] + [2] * behind))
+        if count > behind + ahead:
+            found.append(Path.of([1] * stage + [count - behind - ahead] + [2] * behind))
     return found
 
 

@@ -19,7 +19,7 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.ir.plan import ModelIdentity, Plan
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, VocabularyRows
 from tests.backends.cluster.prices.test_rank_plan import captured
 
 ABSENT = "pip install --no-deps -r tests/backends/cluster/exchange.txt"
@@ -145,6 +145,7 @@ def with_first(**changes: Any) -> Plan:
     ("name", "make", "message"),
     [
         ("megatron", lambda: edited(granularity="op"), "of granularity op; other frameworks cut"),
+        ("megatron", lambda: edited(vocabulary=VocabularyRows(((0, 0, 9),))), "spreads its voc"),
         ("megatron", lambda: with_first(serialize={"e": 2}), "block 'e' runs in slices, which no"),
         ("automodel", lambda: with_first(table_slices={"e": (0, 1)}), "'e' is spread over stages"),
         ("megatron", lambda: with_first(device=2), r"stages on ranks .* has them on \[0, 1, 2"),

@@ -153,6 +153,50 @@ def test_what_is_fixed_is_kept() -> None:
     assert tuned(settings=GpuSettings(engine="torch"), micro_batch=2).best.config.sizes.tp == 1
 
 
+def test_a_large_vocabulary_is_spread_where_that_is_faster() -> None:
+    graph = captured()
+    wide = replace_vocabulary(graph, 32)
+    own = {"settings": GpuSettings(engine="torch"), "micro_batch": 1, "pp": 4, "global_batch": 32}
+
+    def best(of: BlockGraph, **fixed: object) -> GpuTuneResult:
+        request = GpuRequest(**{**own, **fixed})
+        return tune(lambda _: of, small(), request, ModelIdentity("LlamaForCausalLM", {}))
+
+    whole, spread = best(wide), best(wide, vocabulary="auto")
+    assert spread.best.plan.vocabulary is not None
+    assert spread.best.plan.objective_s < 0.8 * whole.best.plan.objective_s
+    assert spread.bound_s <= spread.best.plan.objective_s
+    assert price(spread.best.plan).step_s == spread.best.plan.objective_s
+    assert "+ vocabulary" in result_text(spread)
+    assert sum(shares(spread.best).values()) == pytest.approx(spread.best.plan.objective_s)
+
+
+def replace_vocabulary(graph: BlockGraph, factor: int) -> BlockGraph:
+    """Return the graph as if its vocabulary were larger: rows, and what is done with them."""
+
+    def grown(op: OpRecord) -> OpRecord:
+        if not any(8192 in shape for shape in op.shapes):
+            return op
+        shapes = tuple(tuple(n * factor if n == 8192 else n for n in s) for s in op.shapes)
+        return replace(op, shapes=shapes, flops=op.flops * factor,
+                       bytes_moved=op.bytes_moved * factor)  # fmt: skip
+
+    blocks = tuple(
+        replace(b, forward_ops=tuple(map(grown, b.forward_ops)),
+                backward_ops=tuple(map(grown, b.backward_ops)))
+        for b in graph.blocks
+    )  # fmt: skip
+    parameters = tuple(
+        replace(p, shape=(p.shape[0] * factor, *p.shape[1:])) if p.shape[0] == 8192 else p
+        for p in graph.parameters
+    )
+    tensors = tuple(
+        replace(t, shape=(*t.shape[:-1], 8192 * factor)) if t.shape[-1:] == (8192,) else t
+        for t in graph.tensors
+    )
+    return replace(graph, blocks=blocks, parameters=parameters, tensors=tensors)
+
+
 @pytest.mark.parametrize(
     ("fixed", "message"),
     [
@@ -163,6 +207,11 @@ def test_what_is_fixed_is_kept() -> None:
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"schedule": "nix"}, "nix"),
         ({"settings": GpuSettings(), "tp": 2}, "tp: this project's own processes .* share no"),
+        ({"vocabulary": "auto"}, "engine megatron does not spread the vocabulary over stages"),
+        (
+            {"settings": GpuSettings(), "vocabulary": "even"},
+            "vocabulary is 'even'; tune knows auto",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(fixed: dict[str, object], message: str) -> None:

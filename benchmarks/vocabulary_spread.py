@@ -1,0 +1,180 @@
+"""A vocabulary spread over two processes, against the best splits of whole blocks.
+
+    python -m benchmarks.vocabulary_spread [--vocabulary 262144] [--rounds 5] [--json]
+
+A GPT-2 with tied tables is trained by gloo processes with one thread each: under our split of
+whole blocks, by profiled costs; the same with its projection and loss in slices, which hold no
+whole logits; and with the vocabulary spread evenly. All three step in every round, by turns first.
+Peaks of resident memory are those of jobs of their own, what Python and torch take without a model
+left out. Before anything is timed all must have the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+
+import ipu_pipeline as ipp
+from benchmarks.processes import everyones, interleaved, is_started, ratio
+from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.ir.plan import Plan
+
+PROCESSES = 2
+MODULE = "benchmarks.vocabulary_spread"
+WAYS: dict[str, dict[str, Any]] = {
+    "whole blocks": {},
+    "whole blocks, loss in slices": {"passes": "serialize_projection{factor=8}"},
+    "spread": {"vocabulary": "even"},
+}
+
+
+def build(arguments: argparse.Namespace, samples: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model, the same every time, and a batch."""
+    config = transformers.GPT2Config(
+        vocab_size=arguments.vocabulary, n_embd=arguments.hidden, n_layer=arguments.layers,
+        n_head=arguments.hidden // 64, n_positions=arguments.seq_length, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return from_config(
+        config, "causal-lm", batch_size=samples, seq_length=arguments.seq_length, device="cpu"
+    )
+
+
+def make_plans(folder: Path, arguments: argparse.Namespace) -> None:
+    """Plan and write what the processes will run: one split of blocks, by profiled costs."""
+    model, example = build(arguments, arguments.micro_batch)
+    for way, options in WAYS.items():
+        made = ipp.plan(
+            model, example, num_stages=PROCESSES, microbatches=arguments.microbatches,
+            costs="profiled", **options,
+        )  # fmt: skip
+        made.save(folder / f"{way}.json")
+
+
+def compiled(way: str, arguments: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """Return this process's executable and the batch."""
+    samples = arguments.micro_batch * arguments.microbatches
+    model, batch = build(arguments, samples)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    plan = Plan.load(Path(arguments.plans) / f"{way}.json")
+    options = {"self_check": False, "loss_weights": "samples"}
+    return ipp.compile(model, plan, target="distributed", optimizer=optimizer, **options), batch
+
+
+def memory(way: str, arguments: argparse.Namespace) -> list[int]:
+    """Return the bytes that each process has taken for the model and two steps, at most."""
+    dist.barrier()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made, batch = compiled(way, arguments)
+    with made:
+        for _ in range(2):
+            made.train_step(batch)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return everyones((after - before) * 1024)
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds per step of all ways, and the ratios of rounds."""
+    with contextlib.ExitStack() as stack:
+        steps: dict[str, Callable[[], object]] = {}
+        losses = {}
+        for way in WAYS:
+            made, batch = compiled(way, arguments)
+            stack.enter_context(made)
+            losses[way] = made.train_step(batch).loss
+            steps[way] = partial(made.train_step, batch)
+        if max(losses.values()) / min(losses.values()) > 1 + 1e-5:
+            raise SystemExit(f"the ways are not the same: losses {losses}")
+        times = interleaved(steps, arguments.rounds, warmup=1)
+    samples = arguments.micro_batch * arguments.microbatches
+    seconds = {way: times[way].seconds for way in WAYS}
+    best = min((w for w in WAYS if w != "spread"), key=lambda way: median(seconds[way]))
+    return {
+        "samples_per_s": {way: samples / median(found) for way, found in seconds.items()},
+        "best": best,
+        "gain": ratio(seconds[best], seconds["spread"]),
+    }
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Measure in this process of torchrun; the first one prints."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: Any = memory(arguments.memory, arguments) if arguments.memory else speed(arguments)
+    if dist.get_rank() == 0:
+        print(json.dumps({"found": found}), flush=True)
+    dist.destroy_process_group()
+
+
+def job(given: Sequence[str]) -> Any:
+    """Run a job of processes; return what the first one has printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(PROCESSES), "-m", MODULE, *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"found"')]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{' '.join(given)}: {done.stderr[-2000:]}")
+    return json.loads(lines[-1])["found"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan, start the jobs and print; or measure as one of their processes."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
+    parser.add_argument("--vocabulary", type=int, default=262_144)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plans", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_args(given)
+    if is_started():
+        worker(arguments)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        make_plans(Path(folder), arguments)
+        common = [*(word for word in given if word != "--json"), "--plans", folder]
+        found = job(common)
+        found["peak_bytes"] = {way: job([*common, "--memory", way]) for way in WAYS}
+    print(json.dumps(found, indent=1) if arguments.json else table(found))
+    return 0
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    full = {way: max(peaks) for way, peaks in found["peak_bytes"].items()}
+    least = min(full[way] for way in WAYS if way != "spread")
+    lines = ["| split | samples/s | peak of the fullest process, MB |", "|---|---|---|"]
+    lines += [f"| {w} | {found['samples_per_s'][w]:.2f} | {full[w] / 1e6:.0f} |" for w in WAYS]
+    gain = found["gain"]
+    lines.append(
+        f"\nspread: {gain['median']:.2f} x the samples/s of {found['best']} (quartiles "
+        f"{gain['low']:.2f} to {gain['high']:.2f}), {full['spread'] / least:.2f} x the least peak"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
