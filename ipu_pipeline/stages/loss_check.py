@@ -63,7 +63,7 @@ class LossCheck:
         """Compare the loss of the first microbatches with that of all their samples.
 
         Once for all batches of the same shapes in which the same host values vary, and once where
-        microbatches have different programs.
+        microbatches have different programs; always where Python may have raised a divisor.
 
         Args:
             cut: The batch.
@@ -79,25 +79,31 @@ class LossCheck:
         """
         wish = self.shares.wish
         given = wish == "samples" or callable(wish) or (training and wish)
-        pairs = zip(parts, terms, strict=True)
+        pairs = list(zip(parts, terms, strict=True))
         known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
         if given or len(parts) == 1 or not known or not terms[0].terms:
             return True
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        if key in self._checked:
+        raised = [n for n, (part, one) in enumerate(pairs) if one.may_be_raised(part.inputs)]
+        if key in self._checked and not raised:
             return True
         weighted = self.shares.weighted(cut, parts, terms, training=False)
-        # Terms with factors of their own are measured one by one.
-        together = factor_name(0) not in weighted[0].inputs
-        together = together and not self.shares.is_ordered(cut, terms[0])
-        if together and not self._compare(cut, parts, terms):
-            return False
+        if not self.shares.is_ordered(cut, terms[0]):
+            together = factor_name(0) not in weighted[0].inputs  # else they are measured apart
+            if raised and not together:
+                raise self.shares.mixed(
+                    "Python counts what a term is divided by, and may have raised it to 1 "
+                    "(max(count, 1)), which torch's clamp(min=1) lets be seen",
+                    terms[0],
+                )
+            if together and not self._compare(cut, parts, terms, max(raised, default=0) + 1):
+                return False
         self._checked.add(key)
         return True
 
     def _compare(
-        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms], least: int
     ) -> bool:
         leaves = leaves_in_evaluation(self.model, self.shares.granularity)
         for mode in (leaves, in_evaluation(self.model)):
@@ -106,7 +112,7 @@ class LossCheck:
                 if LOSS not in first.tensors:
                     return True
                 if not first.draws:
-                    return self._compare_losses(cut, parts, terms, first, run)
+                    return self._compare_losses(cut, parts, terms, first, run, least)
         known = all(term.kind != "opaque" for term in terms[0].varying)
         if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
             raise self.shares.mixed(
@@ -122,9 +128,14 @@ class LossCheck:
         terms: Sequence[LossTerms],
         first: PlainRun,
         run: Callable[..., PlainRun],
+        least: int,
     ) -> bool:
-        """Find the weights that fit, if the loss is finite; ``first`` is its first microbatch."""
-        number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
+        """Find the weights that fit, if the loss is finite.
+
+        ``first`` is its first microbatch, ``least`` how many have to be looked at.
+        """
+        bytes_of_one = max(1, sum(v.nbytes for v in first.tensors.values()))
+        number = max(2, least, CHECKED_BYTES // bytes_of_one)
         own = cut.parts[:number]
         samples = sum(part.num_samples for part in own)
         parts = parts[:number]

@@ -78,14 +78,14 @@ class Counted:
     Attributes:
         num_samples: Its samples.
         wish: What the caller's function says.
-        divisors: What each varying term of its loss divides by, ``None``: not known.
+        counts: What each varying term of its loss counts, ``None``: not known.
         constant: Whether that is computed from inputs that every microbatch gets whole.
         rules: How the terms were measured to add up, or what fitted their sum.
     """
 
     num_samples: int
     wish: float = 0.0
-    divisors: tuple[float | None, ...] = ()
+    counts: tuple[float | None, ...] = ()
     constant: bool = False
     rules: tuple[str, ...] = ()
 
@@ -163,7 +163,7 @@ class LossShares:
         constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
         rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms)) or "",)
         return [
-            replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
+            replace(one, counts=tuple(own.counts(p.inputs)), constant=constant, rules=rules)
             for one, own, p in zip(plain, terms, parts, strict=True)
         ]
 
@@ -209,11 +209,11 @@ class LossShares:
                 raise self.mixed("it is a mean over labels that a block of its own counts",
                                   terms[0])  # fmt: skip
             found = {} if weights else self.candidates(cut, every, terms)
-            shares = (
-                weights[0]
-                if weights
-                else next(s for rule, s in found.items() if fitting in (None, rule))
-            )
+            fit = (s for rule, s in found.items() if fitting in (None, rule))
+            shares = weights[0] if weights else next(fit, None)
+            if shares is None:
+                raise self.mixed("what it is divided by is known for some microbatches only",
+                                  terms[0])  # fmt: skip
         return [replace(part, share=s) for part, s in zip(parts, shares[own], strict=True)]
 
     def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
@@ -369,17 +369,15 @@ def _columns(every: Sequence[Counted], terms: LossTerms) -> list[list[float] | N
     # makes itself (a contrastive loss) are counted for each microbatch.
     whole = [1.0] * len(every)
     columns: list[list[float] | None] = []
-    divisors = zip(*(one.divisors for one in every), strict=True)
-    for term, column in zip(terms.varying, divisors, strict=True):
+    by_term = zip(*(one.counts for one in every), strict=True)
+    for term, column in zip(terms.varying, by_term, strict=True):
         counts = [count for count in column if count is not None]
-        if term.averaged:
-            pairs = zip(counts, by_samples, strict=bool(counts))
-            counts = [count * share for count, share in pairs]
-        found = term.weights(counts) or by_samples
+        known = len(counts) == len(every)
+        found = (terms.weights(term, counts, by_samples) if known else []) or by_samples
         if all(one.constant for one in every):
             summed = term.kind == "quotient" and not term.averaged
             found = whole if summed else by_samples
-        columns.append(found if counts else None)
+        columns.append(found if known else None)
     return columns
 
 
@@ -390,7 +388,7 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
         MixedSamplesError: It has more terms in some microbatches than in others.
         LoweringError: It was measured differently on the shares of several processes.
     """
-    numbers = sorted({len(one.divisors) for one in every})
+    numbers = sorted({len(one.counts) for one in every})
     if len(numbers) > 1:
         raise MixedSamplesError(
             f"the loss of a microbatch has {numbers[0]} terms here and {numbers[-1]} there, as if "

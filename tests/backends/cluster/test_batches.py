@@ -159,7 +159,7 @@ def test_replicas_that_measure_differently_are_refused() -> None:
     ):
         _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
     with pytest.raises(MixedSamplesError, match="has 1 terms here and 2 there, as if it had one"):
-        _agreed_rule([Counted(1, divisors=(1.0,)), Counted(1, divisors=(1.0, 2.0))])
+        _agreed_rule([Counted(1, counts=(1.0,)), Counted(1, counts=(1.0, 2.0))])
 
 
 def assert_equal(

@@ -22,6 +22,10 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a fixed bias, interleaved": (
         "bart", {"num_stages": 4, "vocabulary": [1, 2, 3, 1]}, {"schedule": "interleaved"},
     ),
+    "backward passes in another order": (
+        "gpt2-lm", {"num_stages": 4, "vocabulary": "even", "microbatches": 5},
+        {"schedule": "looped_bfs"},
+    ),
     "a bias, one share": ("bert-mlm", {"num_stages": 2, "vocabulary": [1, 0]}, {}),
 }  # fmt: skip
 
