@@ -24,6 +24,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import (
+    Backend,
     Workload,
     backend_named,
     backend_names,
@@ -107,16 +108,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
-    if settings and described.devices[0].kernels is None:
-        raise ValueError(
-            f"settings ({', '.join(settings)}) are for GPUs with known kernels, such as h100-x64, "
-            f"and {described.name} has none; leave them out, or plan with another machine"
-        )
-    backend = backend_of(described)
-    backend.check_costs(costs)
-    frozen = captured.glue.unsteady or captured.glue.frozen
-    if frozen and not backend.replays_glue:
-        raise CaptureError(frozen)
+    backend = _backend_for(captured, described, costs, settings)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
         captured.graph,
@@ -146,6 +138,28 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
                 time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,
                 made.num_microbatches, made.objective_s, 100 * made.gap)  # fmt: skip
     return made
+
+
+def _backend_for(
+    captured: CapturedModel, machine: Machine, costs: str, settings: Mapping[str, Any] | None
+) -> Backend:
+    """Return the backend of a machine, if it can price the model so and run it.
+
+    Raises:
+        CaptureError: Its glue would have to be run again.
+        ValueError: It has no such costs, or the settings are not for the machine.
+    """
+    if settings and machine.devices[0].kernels is None:
+        raise ValueError(
+            f"settings ({', '.join(settings)}) are for GPUs with known kernels, such as h100-x64, "
+            f"and {machine.name} has none; leave them out, or plan with another machine"
+        )
+    backend = backend_of(machine)
+    backend.check_costs(costs)
+    frozen = captured.glue.unsteady or captured.glue.frozen
+    if frozen and not backend.replays_glue:
+        raise CaptureError(frozen)
+    return backend
 
 
 def _limits(

@@ -15,9 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.backends.cluster.processes import Processes
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +89,26 @@ def _nothing_is_left_changed() -> Iterator[None]:
 def root() -> Path:
     """Top folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Processes]:
+    """Two processes: gloo, one thread each; started once, and again after a failure."""
+    yield from _processes(2)
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    """Four of them."""
+    yield from _processes(4)
+
+
+def _processes(number: int) -> Iterator[Processes]:
+    from tests.backends.cluster.processes import Processes
+
+    processes = Processes(number)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

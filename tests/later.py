@@ -19,6 +19,12 @@ def one_in(number: int, rows: Iterable[Any]) -> list[Any]:
     return [_later(row) if index % number else row for index, row in enumerate(rows)]
 
 
+def now(chosen: Iterable[Any], rows: Iterable[Any]) -> list[Any]:
+    """Return the rows, all but the chosen ones marked as acceptance tests."""
+    kept = [*chosen]
+    return [row if row in kept else _later(row) for row in rows]
+
+
 def in_turn(rows: Iterable[Any], *values: Iterable[Any]) -> list[Any]:
     """Return every row with every one of the other values; the rows come once, the values in turn.
 

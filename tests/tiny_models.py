@@ -78,6 +78,18 @@ class TinyModel:
             seed=seed,
         )
 
+    def batch(
+        self, *, batch_size: int = 2, seq_length: int = 16, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the batch that ``build`` gives; of equal arguments the model is built once."""
+        key = f"{self} {batch_size} {seq_length} {seed}"
+        if key not in _BATCHES:
+            sizes = {"batch_size": batch_size, "seq_length": seq_length}
+            _BATCHES[key] = self.build(**sizes, seed=seed)[1]
+        return {name: tensor.clone() for name, tensor in _BATCHES[key].items()}
+
+
+_BATCHES: dict[str, dict[str, Tensor]] = {}
 
 TINY: dict[str, TinyModel] = {
     "bert-qa": TinyModel(transformers.BertConfig, "question-answering", _ENCODER, _NO_DROPOUT),

@@ -241,7 +241,8 @@ def two_parts(
 ) -> T:
     """Measure the first two parts of a batch together, and each one.
 
-    The second one has fewer labels and a shorter mask, if the model takes such values.
+    The second one has other numbers of labels and of entries of masks than the first, but some, if
+    the model takes such values.
 
     Args:
         batch: Keyword arguments of the model.
@@ -249,33 +250,50 @@ def two_parts(
         size: Samples of a part.
         measure: Given the inputs of both parts, of the first and of the second one.
     """
-    ends = ((0, 2 * size), (0, size), (size, 2 * size))
-    parts = [part_of(batch, axes, *each) for each in ends]
-    uneven = [_uneven(p, axes, row) for p, row in zip(parts, (size, None, 0), strict=True)]
+    both = part_of(batch, axes, 0, 2 * size)
+
+    def each(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        return [inputs, *(part_of(inputs, axes, n * size, (n + 1) * size) for n in range(2))]
+
     try:
-        return measure(uneven)
+        return measure(each(_uneven(both, axes, size)))
     except Exception as error:
         logger.debug("measured with its own labels and masks: %s", error)
-        return measure(parts)
+        return measure(each(both))
 
 
-def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, Any]:
-    """Return other data: ``row`` has fewer labels and a shorter mask than the other sample."""
-    changed = dict(part)
-    for name, value in part.items():
-        axis = axes.get(name)
-        if row is None or axis != 0 or not isinstance(value, Tensor) or value.ndim != 2:
+def _uneven(both: Mapping[str, Any], axes: Axes, size: int) -> dict[str, Any]:
+    """Return two parts with other data: the second one counts differently."""
+    changed = dict(both)
+    for name, value in both.items():
+        if axes.get(name) != 0 or not isinstance(value, Tensor) or value.ndim != 2:
             continue
         if value.device.type != "cpu":  # a label that a kernel does not know ends the process
             continue
-        fewer = max(1, value.shape[1] // 2)
-        if "label" in name and value.dtype == torch.long and value.shape[1] > 2:
+        is_labels = "label" in name and value.dtype == torch.long and value.shape[1] > 2
+        if is_labels or (name.endswith("mask") and value.shape[1] >= 4):
             changed[name] = value.clone()
-            changed[name][row, :fewer] = IGNORED
-        elif name.endswith("mask") and value.shape[1] >= 4:
-            changed[name] = value.clone()
-            changed[name][row, -(value.shape[1] // 4) :] = 0
+            _count_differently(changed[name], size, IGNORED if is_labels else 0)
     return changed
+
+
+def _count_differently(value: Tensor, size: int, ignored: int) -> None:
+    """Change rows so that another number of entries counts from row ``size`` on than before it.
+
+    Fewer of row ``size`` count then; where none would in a part, all of its first row do.
+    """
+    some = 0 if ignored else 1
+    if not (value[:size] != ignored).any():
+        value[0] = some
+    own = (value[size] != ignored).nonzero().flatten()
+    rest, before = (int((part != ignored).sum()) for part in (value[size:], value[:size]))
+    fewer = max(1, len(own) // 2) if ignored else len(own) // 4
+    if len(own) - fewer > 1 and rest - fewer == before:
+        fewer += 1
+    if rest - fewer in (before, 0) or len(own) < 2:
+        value[size] = value[size, own[0]] if len(own) else some
+    else:
+        value[size, own[:fewer] if ignored else own[len(own) - fewer :]] = ignored
 
 
 class PlainRun(NamedTuple):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
 from ipu_pipeline.capture.cut_tensors import cut_styles
-from ipu_pipeline.capture.operations import OperationCounter
+from ipu_pipeline.capture.operations import OperationCounter, Operations
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 
@@ -33,36 +33,21 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
         for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
         if keeps  # for its backward pass
     }
-    blocks = []
-    for program, nodes in zip(programs, captured._coarse.blocks, strict=True):
-        operations = counted[program.name]
-        kept_bytes = sum(
-            num_bytes
-            for name, num_bytes in zip(program.outputs, operations.output_bytes, strict=True)
-            if name in kept
+    blocks = [
+        Block(
+            name=program.name,
+            kind=nodes.kind,
+            module=nodes.module,
+            parameters=tuple(one.fqn for one in parameters if program.name in one.blocks),
+            inputs=tuple(name for name in program.inputs if name in producer),
+            outputs=program.outputs,
+            forward_ops=counted[program.name].forward,
+            backward_ops=counted[program.name].backward,
+            uses_random=_draws(counted[program.name]),
+            **_memory(counted[program.name], [name in kept for name in program.outputs]),
         )
-        workspace = max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes)
-        whole = operations.whole_peak_bytes - (operations.saved_bytes - operations.cut_bytes)
-        blocks.append(
-            Block(
-                name=program.name,
-                kind=nodes.kind,
-                module=nodes.module,
-                parameters=tuple(one.fqn for one in parameters if program.name in one.blocks),
-                inputs=tuple(name for name in program.inputs if name in producer),
-                outputs=program.outputs,
-                forward_ops=operations.forward,
-                backward_ops=operations.backward,
-                saved_bytes=operations.saved_bytes,
-                kept_bytes=kept_bytes,
-                workspace_bytes=workspace,
-                cut_bytes=operations.cut_bytes,
-                cut_workspace_bytes=min(workspace, max(0, workspace - whole + kept_bytes)),
-                uses_random=any(
-                    op.kind == "random" or "_dropout" in op.name for op in operations.forward
-                ),
-            )
-        )
+        for program, nodes in zip(programs, captured._coarse.blocks, strict=True)
+    ]
     return BlockGraph(
         model_class=type(model).__name__,
         blocks=tuple(blocks),
@@ -77,6 +62,25 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
         notes=captured.notes,
         state=captured.state,
     )
+
+
+def _draws(operations: Operations) -> bool:
+    return any(op.kind == "random" or "_dropout" in op.name for op in operations.forward)
+
+
+def _memory(operations: Operations, kept: Sequence[bool]) -> dict[str, int]:
+    """Return the bytes that a block keeps and works with; some outputs are kept by later blocks."""
+    pairs = zip(operations.output_bytes, kept, strict=True)
+    kept_bytes = sum(num_bytes for num_bytes, is_kept in pairs if is_kept)
+    workspace = max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes)
+    whole = operations.whole_peak_bytes - (operations.saved_bytes - operations.cut_bytes)
+    return {
+        "saved_bytes": operations.saved_bytes,
+        "kept_bytes": kept_bytes,
+        "workspace_bytes": workspace,
+        "cut_bytes": operations.cut_bytes,
+        "cut_workspace_bytes": min(workspace, max(0, workspace - whole + kept_bytes)),
+    }
 
 
 def _tensor_spec(

@@ -69,10 +69,10 @@ def term_rules(
         for _, values, counts in found
     ]
     size = sum(float(value.nan_to_num().abs()) for value in found[0][1])
-    terms = found[0][0].varying
+    terms = found[0][0]
     return tuple(
-        _rule(term, by_samples, LOSS_NOISE * size, *row)
-        for term, *row in zip(terms, *rows, strict=True)
+        _rule(terms, term, by_samples, LOSS_NOISE * size, *row)
+        for term, *row in zip(terms.varying, *rows, strict=True)
     )
 
 
@@ -167,13 +167,13 @@ LOSS_NOISE = 0.05
 
 
 def _rule(
-    term: Term, by_samples: Sequence[float], floor: float, both: _Row, first: _Row, second: _Row
-) -> Rule:
+    terms: LossTerms, term: Term, by_samples: Sequence[float], floor: float,
+    both: _Row, first: _Row, second: _Row,
+) -> Rule:  # fmt: skip
     tried: dict[Rule, Sequence[float]] = {"mean": by_samples, "sum": (1.0, 1.0)}
     a, b = first[1], second[1]
     if a is not None and b is not None:
-        counts = [a * by_samples[0], b * by_samples[1]] if term.averaged else [a, b]
-        counted = term.weights(counts)
+        counted = terms.weights(term, [a, b], by_samples)
         if not counted:  # these samples do not tell
             return "counted"
         tried = {"counted": counted, **tried}
@@ -186,20 +186,20 @@ def _rule(
 def _measured(
     captured: CapturedModel, part: Mapping[str, Any]
 ) -> tuple[LossTerms, list[Tensor], list[float | None]]:
-    """Return the terms of one part, their values, and what they divide by."""
+    """Return the terms of one part, their values, and what they count."""
     terms = loss_terms(captured)
-    divisors = terms.divisors({**captured.glue.hosts, **part})
+    counts = terms.counts({**captured.glue.hosts, **part})
     seed_torch(SEED)
     if not terms.factored:  # one weight serves them all
         values = [captured.run(part)[LOSS].detach()] * len(terms.varying)
-        return terms, values, divisors
+        return terms, values, counts
     # The loss is linear in the factors: its derivatives are what the terms give to it.
     factors = {
         factor_name(i): torch.ones((), requires_grad=True) for i in range(len(terms.varying))
     }
     loss = captured.run({**part, **factors})[LOSS]
     values = list(torch.autograd.grad(loss, list(factors.values())))
-    return terms, values, divisors
+    return terms, values, counts
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ipu_pipeline.capture.calls import RegionCall
 from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
 from ipu_pipeline.capture.glue import Path
-from ipu_pipeline.capture.programs import Program, block_programs
+from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.values import TensorMeta, reads_behind
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _LINEAR = frozenset(
 _QUOTIENTS = frozenset({"div", "idiv", "truediv", "itruediv", "true_divide", "divide"})
 _PRODUCTS = frozenset({"mul", "imul", "rmul", "multiply"})
 _DOT_PRODUCTS = frozenset({"dot", "matmul", "rmatmul", "mv", "inner", "vdot"})
+_COUNTS = frozenset({"sum", "nansum", "count_nonzero", "mean", "nanmean", *_DOT_PRODUCTS})
 _OTHER_LOSSES = frozenset({"kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
 
 TermKind = Literal["labels", "selected", "quotient", "sum", "number", "mean", "opaque", "constant"]
@@ -55,12 +56,13 @@ class Term:
         kind: A mean over ``labels`` or over ``selected`` elements; a ``quotient`` with a tensor; a
             ``sum``; a sum that is divided by a ``number``, perhaps that of the samples; any other
             ``mean``; what is none of them (``opaque``); what depends on no sample (``constant``).
-        value: Name of the labels, of what is or does the selection, or of the divisor.
+        value: Name of the labels, of what is or does the selection, or of the number that a divisor
+            counts.
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count; the name of a host value if it is one.
         node: Name of the term.
-        least: The least that a divisor is raised to, where the quotient has such a bound.
-        added: A number that is added to the divisor.
+        divisor: Name of the divisor where it is computed from ``value``, as one with a least value.
+        dtype: Type of ``value``, where it is a tensor.
         averaged: Whether a mean is divided by a mean.
         reads: Numbers of the blocks whose results it is computed from.
     """
@@ -70,16 +72,10 @@ class Term:
     weight: str = ""
     ignored: int | str = IGNORED
     node: str = ""
-    least: float = 0.0
-    added: float = 0.0
+    divisor: str = ""
+    dtype: str = ""
     averaged: bool = False
     reads: frozenset[int] = frozenset()
-
-    def weights(self, counts: Sequence[float]) -> list[float]:
-        """Return what values with these counts weigh in that of all; nothing if none counts."""
-        whole = max(sum(counts), self.least) + self.added
-        own = [max(count, self.least) + self.added for count in counts]
-        return [count / whole for count in own] if whole else []
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ class LossTerms:
     ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
     but a constant is multiplied by an input of its own, called :func:`factor_name`; ``path``: the
     nodes between the terms and the loss; ``functions``: those that compute it, by name;
-    ``reads_values``: Python reads values that blocks compute.
+    ``reads_values``: Python reads values that blocks compute; ``divisors_of``: what computes a
+    divisor from what it counts, by name.
     """
 
     terms: tuple[Term, ...] = ()
@@ -99,15 +96,53 @@ class LossTerms:
     path: frozenset[str] = frozenset()
     functions: tuple[str, ...] = ()
     reads_values: bool = False
+    divisors_of: Mapping[str, Program] = field(default_factory=dict)
 
-    def divisors(self, inputs: Mapping[str, Any]) -> list[float | None]:
-        """Return what each varying term divides by, for a microbatch's inputs, if it is known."""
+    def counts(self, inputs: Mapping[str, Any]) -> list[float | None]:
+        """Return what each varying term counts in a microbatch's inputs, if it is known."""
         values: dict[str, Any] = {}
         if self.program is not None:
             values = {**self.constants, **{name: inputs[name] for name in self.program.inputs}}
             with torch.no_grad():
                 self.program.run(values)
-        return [_divisor(term, values) if term.value else None for term in self.varying]
+        return [_count(term, values) if term.value else None for term in self.varying]
+
+    def may_be_raised(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether Python may have raised a divisor that it counts, as ``max(count, 1)`` does."""
+        pairs = zip(self.varying, self.counts(inputs), strict=True)
+        return any(
+            term.kind == "quotient" and not term.dtype and count is not None and count <= 1
+            for term, count in pairs
+        )
+
+    def weights(
+        self, term: Term, counts: Sequence[float], by_samples: Sequence[float]
+    ) -> list[float]:
+        """Return what a term of each microbatch weighs in that of all; nothing if none counts.
+
+        What is summed over samples, the dividend, adds up, and so does the count ``n``. The divisor
+        ``d(n)`` need not, as one that is at least 1: a microbatch weighs ``d(n_i) / d(sum of n)``.
+
+        Args:
+            term: One of the varying ones.
+            counts: What it counts in each microbatch.
+            by_samples: Share of each microbatch in the samples.
+        """
+        shares = by_samples if term.averaged else [1.0] * len(counts)
+        whole = self._divisor(term, sum(n * s for n, s in zip(counts, shares, strict=True)))
+        own = [s * self._divisor(term, n) for n, s in zip(counts, shares, strict=True)]
+        return [one / whole for one in own] if whole else []
+
+    def _divisor(self, term: Term, count: float) -> float:
+        program = self.divisors_of.get(term.divisor)
+        if program is None:
+            return count
+        if term.dtype:
+            given: Any = torch.tensor(count, dtype=getattr(torch, term.dtype))
+        else:
+            given = int(count) if float(count).is_integer() else count
+        with torch.no_grad():
+            return float(program(given)[0])
 
     @property
     def varying(self) -> tuple[Term, ...]:
@@ -133,10 +168,11 @@ def _group(term: Term) -> Hashable:
     """Return the same for terms of which microbatches are weighed alike."""
     if term.kind in ("mean", "sum"):
         return term.kind
-    return (term.value, term.weight, term.ignored) if term.value else term.node
+    counted = term.value, term.weight, term.ignored, term.divisor
+    return counted if term.value else term.node
 
 
-def _divisor(term: Term, values: Mapping[str, Any]) -> float:
+def _count(term: Term, values: Mapping[str, Any]) -> float:
     value = values[term.value]
     if term.kind == "quotient":
         return float(value)
@@ -183,12 +219,18 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     named = (name for term in terms for name in (term.value, term.weight, term.ignored))
     wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
+    computed = {
+        term.divisor: prelude_program(
+            captured._coarse, captured._trace.attributes, [term.divisor], [term.value]
+        )
+        for term in terms if term.divisor
+    }  # fmt: skip
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
     functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
     late = any(call.is_late for call in captured.glue.calls)
     path = frozenset(walk.path)
-    return LossTerms(terms, program, walk.constants, scaled, path, tuple(functions), late)
+    return LossTerms(terms, program, walk.constants, scaled, path, tuple(functions), late, computed)
 
 
 def _blocks_read(captured: CapturedModel) -> dict[str, frozenset[int]]:
@@ -216,19 +258,14 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(node.meta["spec"].shape) if "spec" in node.meta else None
 
 
-def _raised(divisor: fx.Node) -> Term:
-    """Return a quotient with a divisor, that of ``count.clamp(min=1) + 1e-8`` being the count."""
-    added = least = 0.0
-    node, name = divisor, _name(divisor.target)
-    if name in ("add", "radd") and isinstance(node.args[-1], int | float):
-        added, node = float(node.args[-1]), node.all_input_nodes[0]
-        name = _name(node.target)
-    bounds = [*node.args[1:], *node.kwargs.values()]
-    raised = name in ("clamp", "clamp_min", "clip") and len(bounds) == 1
-    if raised and "max" not in node.kwargs and isinstance(bounds[0], int | float):
-        least, node = float(bounds[0]), node.all_input_nodes[0]
-    averaged = _name(node.target) == "mean"
-    return Term("quotient", node.name, least=least, added=added, averaged=averaged)
+def _adds_up(node: fx.Node) -> bool:
+    """Whether a number is the sum, or mean, of what it is for each of two microbatches."""
+    if _is_number(node):
+        return True  # Python has counted it
+    name = _name(node.target)
+    if name in ("add", "sub"):
+        return len(node.all_input_nodes) == 2 and all(map(_adds_up, node.all_input_nodes))
+    return _shape(node) == () and name in _COUNTS
 
 
 def _name(function: Any) -> str:
@@ -356,7 +393,7 @@ class _Walk:
             divided = divided or name in _QUOTIENTS
             terms = [t for one in inner for t in self.terms(one, divided=divided)]
             divisor = self._divisor(node, name)
-            quotient = None if divisor is None else _raised(divisor)
+            quotient = None if divisor is None else self._quotient(divisor)
             kinds = {"mean"} if quotient and quotient.averaged else {"sum", "number", "opaque"}
             if quotient and all(term.kind in kinds for term in terms):
                 yield replace(quotient, node=node.name)
@@ -409,6 +446,28 @@ class _Walk:
             _is_number(divisor) or (divisor in self.prelude and _shape(divisor) == ())
         )
         return divisor if known else None  # type: ignore[return-value]
+
+    def _quotient(self, divisor: fx.Node) -> Term:
+        """Return a quotient by what is counted; an opaque term if more or less than one number is.
+
+        The divisor ``count.clamp(min=1) + 1e-8``, say, is computed from the count.
+        """
+        found, pending = set[fx.Node](), [divisor]
+        while pending:
+            node = pending.pop()
+            if _adds_up(node):
+                found.add(node)
+            elif node.op == "placeholder":
+                return Term("opaque")
+            else:
+                pending += [n for n in node.all_input_nodes if n in self.dependent or _is_number(n)]
+        if len(found) != 1:
+            return Term("opaque")
+        count = found.pop()
+        name = "" if count is divisor else divisor.name
+        dtype = "" if _is_number(count) else count.meta["spec"].dtype
+        averaged = "mean" in _name(count.target)
+        return Term("quotient", count.name, divisor=name, dtype=dtype, averaged=averaged)
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""

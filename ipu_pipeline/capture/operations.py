@@ -260,51 +260,80 @@ def _measure(
         else value
         for value in inputs
     )
-    saved, saved_slices = LiveBytes([]), LiveBytes([])
-    saved_inputs: set[int] = set()
-
-    def pack(tensor: Tensor) -> Tensor:
-        if live.is_apart(tensor):
-            saved_inputs.add(storage_key(tensor))
-        else:
-            saved.note([tensor])
-            saved_slices.note([tensor] if tensor in cuts else [])
-        return tensor
-
+    saved = _Saved(live, cuts)
     with (
         attending,
         alike,
         grouped_without_values(recorder),
         recorder,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t),
     ):
         outputs = torch.func.functional_call(module, dict(state), entered)
-    forward, peak, saved_bytes = recorder.take(), live.take_peak(), saved.now
-    cut_bytes = saved_slices.now
-    output_bytes = tuple(_added(outputs, live, saved.keys()))
-    roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-    if training and roots:
-        with recorder:
-            for root in roots:  # who hands a gradient over is not known: this block pays for it
-                torch.ones_like(root)
-        end = _StageOutputs.apply(recorder, *roots)
-        seed = torch.ones_like(end)
-        del outputs, roots, root  # unsaved tensors are freed
-        live.take_peak()
-        cuts.backward = True
-        with alike, recorder:
-            torch.autograd.backward(end, seed)
-        peak = max(peak, live.take_peak())
+    forward, peak = recorder.take(), live.take_peak()
+    saved_bytes, cut_bytes = saved.apart.now, saved.slices.now
+    output_bytes = tuple(_added(outputs, live, saved.apart.keys()))
+    if training:
+        ends = list(outputs)
+        del outputs
+        peak = max(peak, _backward(ends, recorder, live, alike))
     return Operations(
         forward,
         recorder.take(),
         saved_bytes,
         peak,
         output_bytes,
-        tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),
+        tuple(isinstance(v, Tensor) and storage_key(v) in saved.inputs for v in inputs),
         cut_bytes,
         recorder.whole_peak,
     )
+
+
+class _Saved:
+    """What a forward pass saves for the backward pass.
+
+    Attributes:
+        apart: What is neither weights nor inputs.
+        slices: That part of it which ranks of tensor parallelism have slices of.
+        inputs: Storages of the inputs that are saved.
+    """
+
+    def __init__(self, live: LiveBytes, cuts: CutTensors) -> None:
+        self._live, self._cuts = live, cuts
+        self.apart, self.slices = LiveBytes([]), LiveBytes([])
+        self.inputs: set[int] = set()
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note a tensor that is saved, and save it as it is."""
+        if self._live.is_apart(tensor):
+            self.inputs.add(storage_key(tensor))
+        else:
+            self.apart.note([tensor])
+            self.slices.note([tensor] if tensor in self._cuts else [])
+        return tensor
+
+
+def _backward(
+    outputs: list[Any],
+    recorder: Recorder,
+    live: LiveBytes,
+    alike: contextlib.AbstractContextManager[Any],
+) -> int:
+    """Run the backward pass of ``outputs``, which it empties; return its peak in bytes."""
+    roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+    if not roots:
+        return 0
+    with recorder:
+        for root in roots:  # who hands a gradient over is not known: this block pays for it
+            torch.ones_like(root)
+    end = _StageOutputs.apply(recorder, *roots)
+    seed = torch.ones_like(end)
+    outputs.clear()
+    del roots, root  # unsaved tensors are freed
+    live.take_peak()
+    recorder.cuts.backward = True
+    with alike, recorder:
+        torch.autograd.backward(end, seed)
+    return live.take_peak()
 
 
 def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> Iterator[int]:

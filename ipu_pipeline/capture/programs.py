@@ -92,20 +92,23 @@ def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Progr
 
 
 def prelude_program(
-    coarse: Coarse, attributes: Mapping[str, Any], wanted: Iterable[str]
+    coarse: Coarse, attributes: Mapping[str, Any], wanted: Iterable[str], given: Iterable[str] = ()
 ) -> Program:
-    """Return the program that computes the prelude values ``wanted`` from the model inputs."""
+    """Return the program that computes the prelude values ``wanted`` from the model inputs.
+
+    Those that are ``given`` are inputs of it, too.
+    """
     by_name = {node.name: node for node in coarse.prelude}
     outputs = tuple(dict.fromkeys(name for name in wanted if name in by_name))
-    closure = set(
-        reached(
-            [by_name[name] for name in outputs],
-            lambda node: [n for n in dependencies(node) if not is_attribute(n)],
-        )
-    )
+    first = {by_name[name] for name in given}
+
+    def needed(node: fx.Node) -> list[fx.Node]:
+        return [] if node in first else [n for n in dependencies(node) if not is_attribute(n)]
+
+    closure = set(reached([by_name[name] for name in outputs], needed))
     nodes = [node for node in coarse.prelude if node in closure]
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    body = [node for node in nodes if node.op != "placeholder"]
+    inputs = [node for node in nodes if node.op == "placeholder" or node in first]
+    body = [node for node in nodes if node not in inputs]
     return _build("prelude", body, inputs, [by_name[name] for name in outputs], attributes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +117,11 @@ def read_optimizer(
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
             not cover the same parameters, or one group would need two values of a setting.
     """
-    if not (folder / SETTINGS).is_file():
-        raise CheckpointError(
-            f"{folder} holds no optimizer state, it was written without an optimizer; load it "
-            "with optimizer=None to start the optimizer afresh"
-        )
-    content = read_settings(folder / SETTINGS)
-    if content["class"] != type(optimizer).__name__:
-        raise CheckpointError(
-            f"{folder} holds the state of {content['class']}, the optimizer is "
-            f"{type(optimizer).__name__}; use the same optimizer, or load with optimizer=None"
-        )
+    content = _saved_settings(optimizer, folder)
     saved = {name: group["settings"] for group in content["groups"] for name in group["parameters"]}
     groups = _names(optimizer.param_groups, model)
     order = [name for group in groups for name in group]
-    if saved.keys() != set(order):
-        only_saved = sorted(saved.keys() - set(order))[:3]
-        only_own = sorted(set(order) - saved.keys())[:3]
-        raise CheckpointError(
-            f"the optimizer state in {folder} covers other parameters: only there {only_saved}, "
-            f"only here {only_own}; train the same parameters, or load with optimizer=None"
-        )
+    _check_same(saved.keys(), set(order), folder)
     state: dict[str, dict[str, Any]] = content["values"]
     parameters = dict(model.named_parameters())
     for file in files_of(OPTIMIZER, files):
@@ -160,6 +144,31 @@ def read_optimizer(
             for group, members in zip(optimizer.param_groups, groups, strict=True)
         ],
     }
+
+
+def _saved_settings(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Read what :func:`optimizer_settings` returned, of the same kind of optimizer."""
+    if not (folder / SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no optimizer state, it was written without an optimizer; load it "
+            "with optimizer=None to start the optimizer afresh"
+        )
+    content = read_settings(folder / SETTINGS)
+    if content["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"{folder} holds the state of {content['class']}, the optimizer is "
+            f"{type(optimizer).__name__}; use the same optimizer, or load with optimizer=None"
+        )
+    return content
+
+
+def _check_same(saved: Set[str], own: Set[str], folder: Path) -> None:
+    if saved != own:
+        raise CheckpointError(
+            f"the optimizer state in {folder} covers other parameters: only there "
+            f"{sorted(saved - own)[:3]}, only here {sorted(own - saved)[:3]}; train the same "
+            "parameters, or load with optimizer=None"
+        )
 
 
 def load_optimizer(

@@ -130,56 +130,65 @@ def _options(
         LOGGER.setLevel(logging.INFO)
 
 
+AnyMachine = Annotated[
+    str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
+]
+NumStages = Annotated[
+    int | None, counted("--num-stages", "num_stages", "Default: the config's, or the best.")
+]
+Microbatches = Annotated[
+    int | None,
+    counted(
+        "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
+    ),
+]
+Replicas = Annotated[
+    int | None,
+    counted("--replicas", "replicas", "Default: the config's; on GPUs the best; else 1."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
+]
+Optimizer = Annotated[
+    str | None, typer.Option("--optimizer", help="GPUs: adamw (default), momentum, sgd.")
+]
+CostsOption = Annotated[
+    Costs, typer.Option("--costs", help="Compute the prices, or measure them here.")
+]
+Passes = Annotated[
+    str, typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute.")
+]
+Vocabulary = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary", help="Spread head, loss and embeddings over stages: auto, even, or 1,1,2."
+    ),
+]
+
+
 @app.command("plan")
 @_one_line_errors
 def plan_command(
     model: Model,
     task: TaskOption = None,
-    machine: Annotated[
-        str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
-    ] = "local",
-    num_stages: Annotated[
-        int | None, counted("--num-stages", "num_stages", "Default: the config's, or the best.")
-    ] = None,
+    machine: AnyMachine = "local",
+    num_stages: NumStages = None,
     micro_batch: MicroBatch = 1,
-    microbatches: Annotated[
-        int | None,
-        counted(
-            "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
-        ),
-    ] = None,
-    replicas: Annotated[
-        int | None,
-        counted("--replicas", "replicas", "Default: the config's; on GPUs the best; else 1."),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
-    ] = None,
+    microbatches: Microbatches = None,
+    replicas: Replicas = None,
+    schedule: Schedule = None,
     tp: Tp = None,
     precision: PrecisionOption = None,
-    optimizer: Annotated[
-        str | None, typer.Option("--optimizer", help="GPUs: adamw (default), momentum, sgd.")
-    ] = None,
+    optimizer: Optimizer = None,
     seq_length: SeqLength = 128,
     granularity: GranularityOption = Granularity.layer,
-    costs: Annotated[
-        Costs, typer.Option("--costs", help="Compute the prices, or measure them here.")
-    ] = Costs.analytic,
+    costs: CostsOption = Costs.analytic,
     ipu_config: IPUConfigName = None,
     ipu_config_overrides: IPUConfigOverrides = "",
     pod_type: PodType = None,
-    passes: Annotated[
-        str,
-        typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
-    ] = "",
-    vocabulary: Annotated[
-        str | None,
-        typer.Option(
-            "--vocabulary",
-            help="Spread head, loss and embeddings over stages: auto, even, or 1,1,2.",
-        ),
-    ] = None,
+    passes: Passes = "",
+    vocabulary: Vocabulary = None,
     output: PlanOutput = None,
     force: Force = False,
 ) -> None:

@@ -24,31 +24,40 @@ from ipu_pipeline.cli.options import (
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder written by emit.")]
 
 
+BundleOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle.")]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--model", help="config.json or its folder, copied for fresh weights."),
+]
+OptimizerName = Annotated[
+    str, typer.Option("--optimizer", help="AdamW, Adam, LAMB, SGD or RMSprop.")
+]
+LearningRate = Annotated[float, measured("--learning-rate", "At the start.")]
+WeightDecay = Annotated[float, measured("--weight-decay", "Of all groups.")]
+LossScaling = Annotated[
+    float, measured("--loss-scaling", "Factor of the loss before its backward pass.", 1e-6)
+]
+MaxGradNorm = Annotated[
+    float | None, measured("--max-grad-norm", "Clip gradients; default: do not.", 1e-6)
+]
+Half = Annotated[bool, typer.Option("--half", help="Weights and activations in float16.")]
+Seed = Annotated[int, counted("--seed", "seed", "Of every random number.", 0)]
+
+
 def emit_command(
     plan_file: PlanFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle.")],
+    output: BundleOutput,
     ipu_config: IPUConfigName = None,
     ipu_config_overrides: IPUConfigOverrides = "",
     pod_type: PodType = None,
-    model: Annotated[
-        Path | None,
-        typer.Option("--model", help="config.json or its folder, copied for fresh weights."),
-    ] = None,
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="AdamW, Adam, LAMB, SGD or RMSprop.")
-    ] = "AdamW",
-    learning_rate: Annotated[float, measured("--learning-rate", "At the start.")] = 5e-5,
-    weight_decay: Annotated[float, measured("--weight-decay", "Of all groups.")] = 0.0,
-    loss_scaling: Annotated[
-        float, measured("--loss-scaling", "Factor of the loss before its backward pass.", 1e-6)
-    ] = 1.0,
-    max_grad_norm: Annotated[
-        float | None, measured("--max-grad-norm", "Clip gradients; default: do not.", 1e-6)
-    ] = None,
-    half: Annotated[
-        bool, typer.Option("--half", help="Weights and activations in float16.")
-    ] = False,
-    seed: Annotated[int, counted("--seed", "seed", "Of every random number.", 0)] = 42,
+    model: ModelConfig = None,
+    optimizer: OptimizerName = "AdamW",
+    learning_rate: LearningRate = 5e-5,
+    weight_decay: WeightDecay = 0.0,
+    loss_scaling: LossScaling = 1.0,
+    max_grad_norm: MaxGradNorm = None,
+    half: Half = False,
+    seed: Seed = 42,
     force: Force = False,
 ) -> None:
     """Write a plan as a folder that trains under poptorch, without this package."""

@@ -83,13 +83,47 @@ def launch_command(
     """
     from ipu_pipeline.backends.cluster.launch.spec import check_program, make_spec
     from ipu_pipeline.backends.ipu.poprun import make_poprun
-    from ipu_pipeline.ir.files import check_outputs, make_folder
+    from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.planner.backend import backend_of
 
     check_outputs({"--slurm": slurm}, force=force)
     here = not print_only and slurm is None
+    _check_where(log_dir, endpoint, here=here, print_only=print_only)
+    plan = Plan.load(plan_file)
+    started = check_program(program, Path.cwd(), here=here)
+    name = f"ipu-pipeline-{plan.model.model_class}"
+    if backend_of(plan.machine).target == "poptorch":
+        others = {"--schedule": schedule, "--threads": threads, "--max-restarts": max_restarts,
+                  "--gpus-per-node": gpus_per_node, "--machine": machine,
+                  "--rdzv-endpoint": endpoint}  # fmt: skip
+        _refuse_for_ipus([flag for flag, value in others.items() if value], here=here)
+        run = make_poprun(plan, started, instances=processes, hosts=nodes)
+        _print_poprun(run, slurm, name, print_only=print_only)
+        return
+    cores, gpus = _room() if here else (0, 0)
+    spec = make_spec(
+        plan, plan_file.absolute(), started, processes=processes, schedule=schedule,
+        threads=threads, max_restarts=max_restarts, here=here, nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        machine=None if machine is None else machine_by_name(machine),
+        room=(gpus or cores) if here else None,
+    )  # fmt: skip
+    if here:
+        _start(spec, cores, gpus, log_dir)
+    if print_only:
+        _print(spec, f"ipu-pipeline-{plan.digest()}", endpoint or socket.gethostname())
+    if slurm is not None:
+        _write_slurm_file(spec, name, slurm)
+
+
+def _check_where(
+    log_dir: Path | None, endpoint: str | None, *, here: bool, print_only: bool
+) -> None:
+    """Refuse options that belong to another place of the processes; make their folder."""
+    from ipu_pipeline.ir.files import make_folder
+
     if log_dir is not None and not here:
         raise ValueError(
             "--log-dir is for processes that start here; give --print or --slurm alone"
@@ -100,37 +134,6 @@ def launch_command(
         )
     if log_dir is not None:
         make_folder("--log-dir", log_dir)
-    plan = Plan.load(plan_file)
-    started = check_program(program, Path.cwd(), here=here)
-    if backend_of(plan.machine).target == "poptorch":
-        others = {"--schedule": schedule, "--threads": threads, "--max-restarts": max_restarts,
-                  "--gpus-per-node": gpus_per_node, "--machine": machine,
-                  "--rdzv-endpoint": endpoint}  # fmt: skip
-        _refuse_for_ipus([name for name, value in others.items() if value], here=here)
-        _print_poprun(make_poprun(plan, started, instances=processes, hosts=nodes), slurm,
-                      f"ipu-pipeline-{plan.model.model_class}", print_only=print_only)  # fmt: skip
-        return
-    cores, gpus = _room() if here else (0, 0)
-    spec = make_spec(
-        plan,
-        plan_file.absolute(),
-        started,
-        processes=processes,
-        schedule=schedule,
-        threads=threads,
-        max_restarts=max_restarts,
-        here=here,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        machine=None if machine is None else machine_by_name(machine),
-        room=(gpus or cores) if here else None,
-    )
-    if here:
-        _start(spec, cores, gpus, log_dir)
-    if print_only:
-        _print(spec, f"ipu-pipeline-{plan.digest()}", endpoint or socket.gethostname())
-    if slurm is not None:
-        _write_slurm_file(spec, f"ipu-pipeline-{plan.model.model_class}", slurm)
 
 
 def _refuse_for_ipus(given: list[str], *, here: bool) -> None:

@@ -28,33 +28,35 @@ from ipu_pipeline.cli.options import (
     read_ipu_config,
 )
 
+LayoutText = Annotated[
+    str | None, typer.Option("--layout", help="Megatron's, such as 'Et*2|(t*2|)*3,tL'; see --pp.")
+]
+AnyMachine = Annotated[
+    str | None, typer.Option("--machine", help="pod16 (default), h100-x64, ..., or a machine file.")
+]
+Tokens = Annotated[
+    int | None, counted("--seq-length", "seq_length", "Tokens; default: 128, of a layout 4096.", 4)
+]
+Dp = Annotated[
+    int | None, counted("--dp", "num_devices", "Data parallel copies; default: what is left.")
+]
+
 
 def predict_command(
     model: Model,
     ipu_config: IPUConfigName = None,
-    layout: Annotated[
-        str | None,
-        typer.Option("--layout", help="Megatron's, such as 'Et*2|(t*2|)*3,tL'; see --pp."),
-    ] = None,
-    machine: Annotated[
-        str | None,
-        typer.Option("--machine", help="pod16 (default), h100-x64, ..., or a machine file."),
-    ] = None,
+    layout: LayoutText = None,
+    machine: AnyMachine = None,
     task: TaskOption = None,
     micro_batch: MicroBatch = 1,
-    seq_length: Annotated[
-        int | None,
-        counted("--seq-length", "seq_length", "Tokens; default: 128, of a layout 4096.", 4),
-    ] = None,
+    seq_length: Tokens = None,
     pod_type: PodType = None,
     ipu_config_overrides: IPUConfigOverrides = "",
     tp: Tp = None,
     pp: Pp = None,
     cp: Cp = None,
     ep: Ep = None,
-    dp: Annotated[
-        int | None, counted("--dp", "num_devices", "Data parallel copies; default: what is left.")
-    ] = None,
+    dp: Dp = None,
     microbatches: Microbatches = None,
     global_batch: GlobalBatch = None,
     schedule: Schedule = None,

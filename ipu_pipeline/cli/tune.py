@@ -28,7 +28,42 @@ from ipu_pipeline.cli.options import (
 if TYPE_CHECKING:
     from ipu_pipeline.ir.machine import Machine
 
-
+StepSamples = Annotated[
+    int, counted("--global-batch", "global_batch", "Samples of one optimizer step.")
+]
+AnyMachine = Annotated[
+    str, typer.Option("--machine", help="pod16, h100-x64, gb200-x72, ..., or a machine file.")
+]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="sgd, or one with two moments.")]
+FixedMicroBatch = Annotated[
+    int | None, counted("--micro-batch", "micro_batch", "Default: searched.")
+]
+IPUsPerReplica = Annotated[
+    int | None, counted("--ipus-per-replica", "num_stages", "Default: searched.")
+]
+FixedReplicas = Annotated[int | None, counted("--replicas", "replicas", "Default: searched.")]
+DeviceIterations = Annotated[
+    int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
+]
+Free = Annotated[float, measured("--free", "Share of every tile that must stay free.", most=0.99)]
+Compare = Annotated[
+    str | None,
+    typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
+]
+Vpp = Annotated[int | None, counted("--vpp", "num_devices", "GPUs: stages of a rank.")]
+Schedule = Annotated[
+    str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
+]
+Vocabulary = Annotated[
+    str | None, typer.Option("--vocabulary", help="GPUs: auto tries it spread over stages, too.")
+]
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
+]
+ConfigOutput = Annotated[
+    Path | None, typer.Option("--ipu-config-output", help="Write the best ipu_config.json here.")
+]
 # Options that mean something on one kind of machines only, by the names of their parameters.
 IPU_OPTIONS = ("ipus_per_replica", "device_iterations", "free", "compare", "ipu_config_output")
 GPU_OPTIONS = ("pp", "tp", "cp", "ep", "vpp", "schedule", "zero_stage", "recompute", "precision",
@@ -38,59 +73,30 @@ GPU_OPTIONS = ("pp", "tp", "cp", "ep", "vpp", "schedule", "zero_stage", "recompu
 def tune_command(
     context: typer.Context,
     model: Model,
-    global_batch: Annotated[
-        int, counted("--global-batch", "global_batch", "Samples of one optimizer step.")
-    ],
+    global_batch: StepSamples,
     task: TaskOption = None,
-    machine: Annotated[
-        str,
-        typer.Option("--machine", help="pod16, h100-x64, gb200-x72, ..., or a machine file."),
-    ] = "pod16",
+    machine: AnyMachine = "pod16",
     seq_length: SeqLength = 128,
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="sgd, or one with two moments.")
-    ] = "adamw",
-    micro_batch: Annotated[
-        int | None, counted("--micro-batch", "micro_batch", "Default: searched.")
-    ] = None,
-    ipus_per_replica: Annotated[
-        int | None, counted("--ipus-per-replica", "num_stages", "Default: searched.")
-    ] = None,
-    replicas: Annotated[int | None, counted("--replicas", "replicas", "Default: searched.")] = None,
-    device_iterations: Annotated[
-        int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
-    ] = 4,
-    free: Annotated[
-        float, measured("--free", "Share of every tile that must stay free.", most=0.99)
-    ] = 0.0,
-    compare: Annotated[
-        str | None,
-        typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
-    ] = None,
+    optimizer: Optimizer = "adamw",
+    micro_batch: FixedMicroBatch = None,
+    ipus_per_replica: IPUsPerReplica = None,
+    replicas: FixedReplicas = None,
+    device_iterations: DeviceIterations = 4,
+    free: Free = 0.0,
+    compare: Compare = None,
     pp: Pp = None,
     tp: Tp = None,
     cp: Cp = None,
     ep: Ep = None,
-    vpp: Annotated[int | None, counted("--vpp", "num_devices", "GPUs: stages of a rank.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
-    ] = None,
+    vpp: Vpp = None,
+    schedule: Schedule = None,
     zero_stage: ZeroStage = None,
     recompute: Recompute = None,
     precision: PrecisionOption = None,
-    vocabulary: Annotated[
-        str | None,
-        typer.Option("--vocabulary", help="GPUs: auto tries it spread over stages, too."),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
-    ] = None,
+    vocabulary: Vocabulary = None,
+    engine: Engine = None,
     output: PlanOutput = None,
-    ipu_config_output: Annotated[
-        Path | None,
-        typer.Option("--ipu-config-output", help="Write the best ipu_config.json here."),
-    ] = None,
+    ipu_config_output: ConfigOutput = None,
     force: Force = False,
     as_json: JsonOption = False,
 ) -> None:

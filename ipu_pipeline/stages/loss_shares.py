@@ -1,9 +1,9 @@
 """What the losses of microbatches weigh in the loss of their batch, so that it is plain torch's.
 
 Weights come from what the loss divides by (``capture/loss_terms.py``), or from a measurement of
-its terms (``capture/loss_rules.py``). Whatever they come from, they are checked once for every
-shape: the weighted sum of the first microbatches' losses has to be the loss of all their samples.
-Where no weights give that, the batch is refused, unless the caller says what they weigh.
+its terms (``capture/loss_rules.py``). Whatever they come from, they are checked
+(``loss_check.py``). Where no weights give that, the batch is refused, unless the caller says what
+they weigh.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (
-    PlainRun,
-    as_exact_as,
     doubled,
-    is_weighted_sum,
-    part_of,
     plain_runs,
     sized,
     two_parts,
@@ -40,19 +36,8 @@ from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
 from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.ir.plan import Granularity
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
-from ipu_pipeline.stages.training import in_evaluation
 
 LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
-# The check runs microbatches at once whose results take so many bytes, but two at least.
-CHECKED_BYTES = 1 << 28
-# A loss of numbers of about 1 may be as small as its rounding errors.
-ROUNDED = 0.02
-# What most losses use that mix samples; asked only where runs cannot be compared.
-MIXING = frozenset(
-    {"sort", "argsort", "topk", "median", "kthvalue", "quantile", "std", "var", "max", "min",
-     "amax", "amin", "logsumexp", "norm", "corrcoef", "cov", "cdist", "matmul", "mm", "rmatmul",
-     "einsum"}
-)  # fmt: skip
 # What a term is that no weights are known for; by whether microbatches run one after another.
 _UNKNOWN = {
     False: "of two microbatches is not a sum or mean of what it is for each one",
@@ -62,19 +47,28 @@ _UNKNOWN = {
 logger = logging.getLogger(__name__)
 
 
-_ONCE = (
-    "plan with schedule='gpipe', with which the local target computes it once for all of them, or "
-    "with microbatches=1"
-)
-
-
 class MixedSamplesError(LoweringError):
-    """No weights of the microbatches' losses give the loss of the batch."""
+    """No weights of the microbatches' losses give the loss of the batch.
 
-    def even_once(self) -> MixedSamplesError:
-        """Return the error where the loss cannot be computed once for all of them, either."""
-        remedy = "plan with microbatches=1 (it cannot be computed once for all of them, either)"
-        return MixedSamplesError(str(self).replace(_ONCE, remedy))
+    Args:
+        problem: What was found.
+        remedy: How else the loss of the batch is computed.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        remedy: str = "plan with schedule='gpipe', with which the local target computes it once "
+        "for all of them, or with microbatches=1",
+    ) -> None:
+        super().__init__(
+            f"{problem}, so that no weights of the microbatches' losses are known that give the "
+            f"loss of the batch; {remedy}; or choose weights: compile(loss_weights='samples') "
+            "trains on the mean of the microbatches' losses, as gradient accumulation does, and a "
+            "function of a microbatch's inputs says how much it counts (of labels, say, that "
+            "Python counts)"
+        )
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -84,14 +78,14 @@ class Counted:
     Attributes:
         num_samples: Its samples.
         wish: What the caller's function says.
-        divisors: What each varying term of its loss divides by, ``None``: not known.
+        counts: What each varying term of its loss counts, ``None``: not known.
         constant: Whether that is computed from inputs that every microbatch gets whole.
         rules: How the terms were measured to add up, or what fitted their sum.
     """
 
     num_samples: int
     wish: float = 0.0
-    divisors: tuple[float | None, ...] = ()
+    counts: tuple[float | None, ...] = ()
     constant: bool = False
     rules: tuple[str, ...] = ()
 
@@ -111,50 +105,7 @@ class LossShares:
     granularity: Granularity = "layer"
     _measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = field(default_factory=dict)
     _fitting: dict[tuple[str, ...], Rule] = field(default_factory=dict)
-    _checked: set[object] = field(default_factory=set)
     _ordered: dict[object, bool] = field(default_factory=dict)
-
-    def check(
-        self,
-        cut: CutBatch,
-        parts: Sequence[Microbatch],
-        terms: Sequence[LossTerms],
-        *,
-        training: bool,
-    ) -> bool:
-        """Compare the loss of the first microbatches with that of all their samples.
-
-        Once for all batches of the same shapes in which the same host values vary, and once where
-        microbatches have different programs.
-
-        Args:
-            cut: The batch.
-            parts: Its microbatches, with host values if those are known.
-            terms: What the losses of its microbatches are made of.
-            training: Whether this is a step of training.
-
-        Returns:
-            Whether that is known now; of losses that are not finite (no labels) nothing is.
-
-        Raises:
-            MixedSamplesError: They differ.
-        """
-        given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
-        pairs = zip(parts, terms, strict=True)
-        known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
-        if given or len(parts) == 1 or not known or not terms[0].terms:
-            return True
-        programs = len(set(map(id, terms)))
-        key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        if key in self._checked:
-            return True
-        weighted = self.weighted(cut, parts, terms, training=False)
-        # Terms with factors of their own are measured one by one.
-        together = factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0])
-        if together and not self._compare(cut, parts, terms):
-            return False
-        self._checked.add(key)
-        return True
 
     def is_ordered(self, cut: CutBatch, terms: LossTerms) -> bool:
         """Whether microbatches run one after another: the model keeps something or reads values.
@@ -171,7 +122,7 @@ class LossShares:
             try:
                 with evaluation, plain_runs(self.model) as run:
                     once, twice = (run(inputs, watched=n == 0) for n in range(2))
-                same = all(_same(v, twice.tensors[n]) for n, v in once.tensors.items())
+                same = all(same_value(v, twice.tensors[n]) for n, v in once.tensors.items())
                 self._ordered[key] = once.changes or not (once.draws or same)
             except Exception as error:  # such as a hook that wants gradients
                 logger.info("plain torch does not run without gradients: %s", error)
@@ -207,12 +158,12 @@ class LossShares:
         if not parts or single or wish == "samples" or (wish and training):
             return plain
         if any(set(one.inputs) - p.inputs.keys() for one, p in zip(terms, parts, strict=True)):
-            raise self._mixed("Python counts what it is divided by, after it has read what "
+            raise self.mixed("Python counts what it is divided by, after it has read what "
                               "blocks compute", terms[0])  # fmt: skip
         constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
         rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms)) or "",)
         return [
-            replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
+            replace(one, counts=tuple(own.counts(p.inputs)), constant=constant, rules=rules)
             for one, own, p in zip(plain, terms, parts, strict=True)
         ]
 
@@ -255,14 +206,14 @@ class LossShares:
                 parts = [replace(p, share=samples[first + n]) for n, p in enumerate(parts)]
                 return _with_factors(parts, [column[own] for column in weights])
             if weights and cut.found.counts and None in columns:
-                raise self._mixed("it is a mean over labels that a block of its own counts",
+                raise self.mixed("it is a mean over labels that a block of its own counts",
                                   terms[0])  # fmt: skip
-            found = {} if weights else self._candidates(cut, every, terms)
-            shares = (
-                weights[0]
-                if weights
-                else next(s for rule, s in found.items() if fitting in (None, rule))
-            )
+            found = {} if weights else self.candidates(cut, every, terms)
+            fit = (s for rule, s in found.items() if fitting in (None, rule))
+            shares = weights[0] if weights else next(fit, None)
+            if shares is None:
+                raise self.mixed("what it is divided by is known for some microbatches only",
+                                  terms[0])  # fmt: skip
         return [replace(part, share=s) for part, s in zip(parts, shares[own], strict=True)]
 
     def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
@@ -328,9 +279,9 @@ class LossShares:
         for term in mixing:
             known = term.kind == "opaque" or not in_order
             if not known or len(mixing) == len(pairs) or term.reads <= read:
-                raise self._mixed(f"its term {term.node!r} {_UNKNOWN[in_order]}", terms)
+                raise self.mixed(f"its term {term.node!r} {_UNKNOWN[in_order]}", terms)
         if not terms.factored and len(set(rules)) > 1:
-            raise self._mixed(f"its terms {', '.join(_names([terms]))} count in different ways",
+            raise self.mixed(f"its terms {', '.join(_names([terms]))} count in different ways",
                               terms)  # fmt: skip
         if mixing and not in_order:
             logger.warning(
@@ -353,7 +304,7 @@ class LossShares:
             logger.debug("the terms of the loss cannot be measured apart: %s", error)
             return None
 
-    def _candidates(
+    def candidates(
         self, cut: CutBatch, every: Sequence[Counted], terms: Sequence[LossTerms]
     ) -> dict[Rule, list[float]]:
         """Return weights of the microbatches that may fit, the likeliest first."""
@@ -366,10 +317,10 @@ class LossShares:
             all(map(isclose, column, by_samples)) for column in columns
         )
         if not (alike or even) and (LOSS in found.mixed or found.counts):
-            raise self._mixed("it adds terms that count in different ways: sums, or means over "
+            raise self.mixed("it adds terms that count in different ways: sums, or means over "
                               "different numbers of labels", terms[0])  # fmt: skip
         if found.counts and not columns:
-            raise self._mixed("it is a mean over labels that a block of its own counts", terms[0])
+            raise self.mixed("it is a mean over labels that a block of its own counts", terms[0])
         ordered: dict[Rule, list[float]] = {"mean": by_samples, "sum": [1.0] * len(every)}
         # A small mean beside a large sum is not seen in their total: terms are measured apart.
         single = not terms[0].factored or len(terms[0].varying) < 2
@@ -379,89 +330,16 @@ class LossShares:
             ordered = {"sum": ordered["sum"], **ordered}
         return {"counted": list(columns[0]), **ordered} if alike and columns else ordered
 
-    # ---- the check ------------------------------------------------------------------------
-
-    def _compare(
-        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
-    ) -> bool:
-        for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
-            with mode, plain_runs(self.model) as run:
-                first = run(cut.parts[0].inputs)
-                if LOSS not in first.tensors:
-                    return True
-                if not first.draws:
-                    return self._compare_losses(cut, parts, terms, first, run)
-        known = all(term.kind != "opaque" for term in terms[0].varying)
-        if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
-            raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
-                              "compared", terms[0])  # fmt: skip
-        return True
-
-    def _compare_losses(
-        self,
-        cut: CutBatch,
-        parts: Sequence[Microbatch],
-        terms: Sequence[LossTerms],
-        first: PlainRun,
-        run: Callable[..., PlainRun],
-    ) -> bool:
-        """Find the weights that fit, if the loss is finite; ``first`` is its first microbatch."""
-        number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
-        own = cut.parts[:number]
-        samples = sum(part.num_samples for part in own)
-        parts = parts[:number]
-
-        def loss(inputs: Mapping[str, Any]) -> Tensor:
-            return as_exact_as(self.model, run(inputs).tensors[LOSS])
-
-        own_loss = as_exact_as(self.model, first.tensors[LOSS])
-        losses = [own_loss, *(loss(part.inputs) for part in own[1:])]
-        try:
-            whole = loss(part_of(cut.batch, cut.found.axes, 0, samples))
-        except Exception as error:  # whatever a model does with more samples
-            logger.info("plain torch cannot run %d samples at once: %s", samples, error)
-            return True
-        if not whole.isfinite():
-            return False
-        counted = self.count(cut, parts, terms[:number], training=False)
-        tried = self._candidates(cut, counted, terms[:number])
-        for rule, shares in tried.items():
-            if not is_weighted_sum(whole, shares, losses, ROUNDED):
-                continue
-            if rule != "counted" and LOSS in cut.found.mixed and not _fits(cut, rule, loss):
-                raise self._mixed("it is where they have as many labels each, and not where one "
-                                  "has fewer", terms[0])  # fmt: skip
-            self._fitting[_names(terms)] = rule
-            return True
-        pairs = zip(next(iter(tried.values())), losses, strict=True)
-        summed = sum(share * float(loss) for share, loss in pairs if share)
-        raise self._mixed(
-            f"of {samples} samples at once it is {float(whole):.6g}, and {summed:.6g} as the "
-            f"weighted sum of the losses of {len(parts)} microbatches",
-            terms[0],
-        )
-
-    def _mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
+    def mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
+        """Return the error that no weights give the loss, whose terms these are."""
         return MixedSamplesError(
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
-            f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
-            f"that give the loss of the batch; {_ONCE}; or choose weights: "
-            "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
-            "gradient accumulation does, and a function of a microbatch's inputs says how much it "
-            "counts (of labels, say, that Python counts)"
+            f"of its microbatches: {why}"
         )
 
-
-def _fits(cut: CutBatch, rule: Rule, loss: Callable[[Mapping[str, Any]], Tensor]) -> bool:
-    """Whether a rule also fits two microbatches of which one has fewer labels."""
-    first, second = (part.num_samples for part in cut.parts[:2])
-    shares = [1.0, 1.0] if rule == "sum" else [n / (first + second) for n in (first, second)]
-
-    def fits(parts: Sequence[Mapping[str, Any]]) -> bool:
-        whole, *each = map(loss, parts)
-        return is_weighted_sum(whole, shares, each, ROUNDED)
-
-    return two_parts(cut.batch, cut.found.axes, first, fits)
+    def note_fitting(self, terms: Sequence[LossTerms], rule: Rule) -> None:
+        """Note by which rule weights were found that fit the sum of the terms."""
+        self._fitting[_names(terms)] = rule
 
 
 def _rule_of_whole(cut: CutBatch) -> Rule:
@@ -475,14 +353,8 @@ def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
     return tuple(term.node for term in terms[0].varying)
 
 
-def _varying(cut: CutBatch, parts: Sequence[Microbatch]) -> frozenset[str]:
-    """Return the names of the host values that are not the same in all microbatches."""
-    names = {name for part in parts for name in part.inputs.keys() - cut.batch.keys()}
-    values = {name: [part.inputs.get(name) for part in parts] for name in names}
-    return frozenset(n for n, found in values.items() if not all(_same(v, found[0]) for v in found))
-
-
-def _same(value: Any, other: Any) -> bool:
+def same_value(value: Any, other: Any) -> bool:
+    """Whether two values, tensors or not, are equal; NaN is equal to NaN."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):  # of no labels a mean is NaN
         nan = value.isnan(), other.isnan()
         return torch.equal(*nan) and torch.equal(value.nan_to_num(), other.nan_to_num())
@@ -497,17 +369,15 @@ def _columns(every: Sequence[Counted], terms: LossTerms) -> list[list[float] | N
     # makes itself (a contrastive loss) are counted for each microbatch.
     whole = [1.0] * len(every)
     columns: list[list[float] | None] = []
-    divisors = zip(*(one.divisors for one in every), strict=True)
-    for term, column in zip(terms.varying, divisors, strict=True):
+    by_term = zip(*(one.counts for one in every), strict=True)
+    for term, column in zip(terms.varying, by_term, strict=True):
         counts = [count for count in column if count is not None]
-        if term.averaged:
-            pairs = zip(counts, by_samples, strict=bool(counts))
-            counts = [count * share for count, share in pairs]
-        found = term.weights(counts) or by_samples
+        known = len(counts) == len(every)
+        found = (terms.weights(term, counts, by_samples) if known else []) or by_samples
         if all(one.constant for one in every):
             summed = term.kind == "quotient" and not term.averaged
             found = whole if summed else by_samples
-        columns.append(found if counts else None)
+        columns.append(found if known else None)
     return columns
 
 
@@ -518,13 +388,12 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
         MixedSamplesError: It has more terms in some microbatches than in others.
         LoweringError: It was measured differently on the shares of several processes.
     """
-    numbers = sorted({len(one.divisors) for one in every})
+    numbers = sorted({len(one.counts) for one in every})
     if len(numbers) > 1:
         raise MixedSamplesError(
             f"the loss of a microbatch has {numbers[0]} terms here and {numbers[-1]} there, as if "
-            "it had one for each sample, so that no weights are known that give the loss of the "
-            "batch; use batches that fill every microbatch (dataloader_drop_last=True), or choose "
-            "weights with loss_weights='samples' or a function"
+            "it had one for each sample",
+            "use batches that fill every microbatch (dataloader_drop_last=True)",
         )
     found = {one.rules for one in every} - {("",), ()}
     if len(found) > 1:

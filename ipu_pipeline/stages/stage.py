@@ -87,6 +87,7 @@ class Stage:
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
         in_order: Whether a microbatch has to end before the next one begins, on every stage.
+        thread_bound: Whether the model's code reads what only the caller's thread sees.
         offload: Names of the blocks that keep their activations in host memory.
         compiled: Whether its blocks go through ``torch.compile``.
         spread: The vocabulary that is spread over stages, in the last one.
@@ -108,6 +109,7 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    thread_bound: bool = False
     order: tuple[str, ...] = ()
     offload: frozenset[str] = frozenset()
     compiled: bool = False
@@ -187,6 +189,7 @@ class Stage:
         late.spread.combine(parts)
         self.block = LOSS
         self._run(self.programs[-1], late.values, late.key, late.blocks)
+        late.spread.free()
         self.block = ""
         own = self.programs[-1].outputs
         return {n: late.values[v] for n, v in self.results.items() if v in own}
@@ -420,6 +423,7 @@ def build_stages(
                 recompute=frozenset(recompute) - live,
                 live=bool(live),
                 in_order=captured.in_order,
+                thread_bound=bool(captured.thread_locals),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 order=tuple(captured.results),

@@ -1,8 +1,9 @@
 """Training: one thin loop over any executable, and a trainer with everything of transformers.
 
-Read ``loop.py`` to see how an executable is driven. ``PipelineTrainer`` (``trainer.py``) is
-transformers' Trainer over the stages: callbacks, trackers, evaluations, best model, result files.
-It is imported when it is asked for.
+Read ``loop.py`` to see how an executable is driven. ``PipelineMixin`` (``mixin.py``) puts a trainer
+of transformers, TRL or sentence-transformers over the stages: ``class X(PipelineMixin,
+SFTTrainer)``; ``PipelineTrainer`` (``trainer.py``) is that of transformers' own. Callbacks,
+trackers, evaluations, best model and result files are theirs. They are imported when asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,12 @@ from ipu_pipeline.train.optimizers import build_optimizer, build_scheduler
 from ipu_pipeline.train.progress import TrainResult
 
 if TYPE_CHECKING:
-    from ipu_pipeline.train.trainer import PipelineTrainer
+    from ipu_pipeline.train.mixin import PipelineMixin
+    from ipu_pipeline.train.trainer import PipelineSeq2SeqTrainer, PipelineTrainer
 
 __all__ = [
+    "PipelineMixin",
+    "PipelineSeq2SeqTrainer",
     "PipelineTrainer",
     "TrainResult",
     "TrainingArguments",
@@ -29,8 +33,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PipelineTrainer":
-        from ipu_pipeline.train.trainer import PipelineTrainer
+    if name in ("PipelineMixin", "PipelineSeq2SeqTrainer", "PipelineTrainer"):
+        from ipu_pipeline.train import trainer
 
-        return PipelineTrainer
+        return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,11 +23,11 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.train.live_loss import calls_of
+from ipu_pipeline.train.live_loss import calls_of, generates
 from ipu_pipeline.train.steps import CollectedSteps, as_output
 
 if TYPE_CHECKING:
-    from ipu_pipeline.train.trainer import PipelineTrainer
+    from ipu_pipeline.train.mixin import PipelineMixin
 
 logger = logging.get_logger(__name__)
 _TOLERANCE = 1e-4  # of two losses that are the same but for rounding
@@ -41,7 +41,7 @@ class DeviceSteps(CollectedSteps):
     """The steps of a trainer whose stages are IPUs.
 
     Args:
-        trainer: The ``PipelineTrainer``.
+        trainer: The trainer.
         ipu_config: What to plan with, and what the plan does not say.
         sdk_python: As for :func:`ipu_pipeline.compile`.
     """
@@ -52,7 +52,7 @@ class DeviceSteps(CollectedSteps):
     runs_alone = "a program on IPUs holds the model alone"
 
     def __init__(
-        self, trainer: PipelineTrainer, ipu_config: IPUConfig | None, sdk_python: str | None
+        self, trainer: PipelineMixin, ipu_config: IPUConfig | None, sdk_python: str | None
     ) -> None:
         super().__init__(trainer)
         self._ipu_config = ipu_config
@@ -155,7 +155,8 @@ class DeviceSteps(CollectedSteps):
         model = self._trainer._whole_model
 
         def call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-            if torch.is_grad_enabled() or any(module.training for module in model.modules()):
+            own = torch.is_grad_enabled() or any(module.training for module in model.modules())
+            if own or generates(kwargs):
                 self.fetch()
                 return forward(*args, **kwargs)
             inputs = inspect.signature(forward).bind_partial(*args).arguments | kwargs

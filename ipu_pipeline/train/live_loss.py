@@ -1,15 +1,17 @@
-"""Losses that are computed outside the model run live, in the last stage, once per microbatch.
+"""What a trainer computes around the model runs live, in the last stage, once per microbatch.
 
-``compute_loss`` of a trainer is the user's code: it changes what the model is given, reads values,
-logs, keeps lists, uses weights of its own. So it is not captured. Each microbatch has a run of it
-in a thread of its own, and only one of the two sides is ever running:
+``training_step`` and ``compute_loss`` of a trainer are the user's code: they change what the model
+is given, read values, log, keep lists, use weights of their own. So they are not captured. Each
+microbatch has a run of them in a thread of its own, and only one of the two sides is ever running:
 
 - up to its call of the model it runs when the microbatch is handed in; that call suspends it, and
   what it passes are the inputs of the pipeline;
-- in the last stage the call returns the model's real outputs, the rest runs, and the backward
-  pass of the stage starts at the loss that it returns.
+- in the last stage the call returns the model's real outputs, and the code goes on up to its
+  ``backward()``, which suspends it again: the backward pass of the stage starts at that loss;
+- behind the backward pass of all stages the rest runs. If it calls the model once more (adversarial
+  training does), another round begins.
 
-In the graph that second half is one module, :class:`LiveLoss`, behind the model's outputs. It is
+In the graph the second part is one module, :class:`LiveLoss`, behind the model's outputs. It is
 captured, priced and compared with a loss of about the same cost that stands in for the user's.
 """
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
 from ipu_pipeline.capture.coroutine import Coroutine
@@ -43,9 +46,15 @@ from ipu_pipeline.stages.stage import nodes_behind
 
 # The input that names the run of a microbatch, and the module's name inside the model.
 RUN = "loss_run"
+_MEMBER = "__member__"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
+# They read no value of a tensor.
+_OF_THE_FORM = frozenset({"__set__", "size", "dim", "numel", "stride", "is_floating_point",
+                          "__len__", "__hash__", "requires_grad_"})  # fmt: skip
 _current = threading.local()
 # Which forwards a thread is in. In the model it would count as the user's own, by which all stages
 # run in one thread.
@@ -74,6 +83,28 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
             del model.forward
         else:
             model.forward = before
+
+
+def is_replaced(model: nn.Module) -> bool:
+    """Whether the user's code has put another ``forward`` in the place of ours."""
+    return not isinstance(vars(model).get("forward"), _Forward)
+
+
+def generates(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the model is one of those that generate: it wants keys and values back."""
+    kept = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
+    return bool(kept) and not torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Take our module out of the model, whose ``forward`` may call all of its children."""
+    own = model._modules.pop(RUN, None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            model._modules[RUN] = own
 
 
 class _Forward:
@@ -112,7 +143,7 @@ class _Hooks(OrderedDict[int, Any]):
 
 
 class LossRun(Coroutine):
-    """One run of code that calls the model, suspended in its first call.
+    """One run of code that calls the model, suspended in its first call and in ``backward()``.
 
     Args:
         body: The code.
@@ -120,7 +151,11 @@ class LossRun(Coroutine):
     Attributes:
         inputs: What the model was called with, once it was; tensors that need gradients are cut
             off from what the code computed them with.
+        loss: Where the code has begun its backward pass, shape [].
+        rounds: How many calls of the model have had their backward pass.
+        elsewhere: Ids of parameters whose values are those of an earlier step here.
         further_calls: How often it has called the model besides.
+        at_call: Called in its calls of the model, with the inputs.
         at_resume: Called before it is resumed.
         modes: The training flags of the model's modules when it began.
         reads_gradients_of: Parameters whose ``.grad`` it has read.
@@ -129,7 +164,11 @@ class LossRun(Coroutine):
     def __init__(self, body: Callable[[], Any]) -> None:
         super().__init__(self._guarded(body), "compute-loss")
         self.inputs: dict[str, Any] | None = None
+        self.loss: Tensor | None = None
+        self.rounds = 0
+        self.elsewhere: frozenset[int] = frozenset()
         self.further_calls = 0
+        self.at_call: Callable[[dict[str, Any]], object] = lambda _: None
         self.at_resume: Callable[[], object] = lambda: None
         self.modes: list[bool] = []
         self.reads_gradients_of: list[nn.Parameter] = []
@@ -141,13 +180,17 @@ class LossRun(Coroutine):
         """Return the run whose thread this is."""
         return getattr(_current, "run", None)
 
-    def may_suspend(self, modes: list[bool]) -> bool:
+    def may_suspend(self, modes: list[bool], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call of the model is one that stages compute as it would be."""
         return (
-            modes == self.modes
+            self.inputs is None
+            and modes == self.modes
             and torch.is_grad_enabled() == any(modes)
+            and not generates(kwargs)
             and autocast_dtype() is None
             and len(_get_current_function_mode_stack()) == 1  # our own
+            and not _get_current_dispatch_mode_stack()
+            and not torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003
         )
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -164,10 +207,12 @@ class LossRun(Coroutine):
                         f"compute_loss passes arguments of the model without a name (*"
                         f"{parameter.name}); stages take inputs by name: pass them by keyword"
                     )
+        inputs = _flat(inputs)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.requires_grad:
                 inputs[name] = value.detach().requires_grad_()
                 self._cut.append((value, inputs[name]))
+        self.at_call(inputs)
         self.inputs = inputs
         outputs, num_threads = self.suspend()
         self._guard.begin(outputs)
@@ -176,8 +221,22 @@ class LossRun(Coroutine):
         return outputs
 
     def resume(self, outputs: Any) -> Any:
-        """Let the call of the model return ``outputs``; return or raise what the code does."""
+        """Let the call of the model return ``outputs``; return or raise what the code does.
+
+        It runs up to its backward pass, if it has one, or to the end.
+        """
         return super().resume((outputs, torch.get_num_threads()))
+
+    def backward(self, loss: Tensor) -> None:
+        """Suspend the run until the stages have made the backward pass from ``loss`` on."""
+        self.loss = loss
+        self.suspend()
+        self.loss = self.inputs = None
+
+    def go_on(self) -> None:
+        """Go on behind the backward pass: up to another call of the model, or to the end."""
+        self.rounds += 1
+        super().resume(None)
 
     def backward_into_inputs(self) -> None:
         """Hand the inputs' gradients on to what the code before the call computed them with."""
@@ -230,6 +289,7 @@ class _Guard(TorchFunctionMode):
         self._run = run
         self._outputs: set[Any] = set()
         self._known: set[Any] = set()
+        self._spent: set[Any] = set()  # outputs that had their backward pass
 
     def begin(self, outputs: Any) -> None:
         """Take what the stages computed."""
@@ -242,10 +302,13 @@ class _Guard(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _GRAD and isinstance(args[0], nn.Parameter):
             self._run.reads_gradients_of.append(args[0])
+        if self._run.elsewhere:
+            self._check_elsewhere(func, args, kwargs)
         if self._outputs:
             self._check_tensors(func, args, kwargs)
-            if func in (Tensor.backward, torch.autograd.grad):
-                self._check(func, *args, **kwargs)
+        if func in (*_BACKWARD, torch.autograd.grad) and self._is_the_stages(func, *args, **kwargs):
+            self._spent, self._outputs = self._spent | self._outputs, set()
+            return self._run.backward(_added_up(args[0]))
         result = func(*args, **kwargs)
         self._known |= _nodes((args, kwargs, result))
         return result
@@ -263,23 +326,55 @@ class _Guard(TorchFunctionMode):
                 "(output_hidden_states=True), or let the hook detach it"
             )
 
-    def _check(
-        self, func: Any, outputs: Any, inputs: Any = (), *_args: Any, **_kwargs: Any
-    ) -> None:
-        roots = [outputs] if isinstance(outputs, Tensor) else outputs
-        nodes = nodes_behind(roots)
-        if not nodes & self._outputs:
+    def _check_elsewhere(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse a parameter of which this process has no value of this step."""
+        name = getattr(func, "__name__", "")
+        if name in _OF_THE_FORM or (name == "__get__" and func not in (_GRAD, _DATA)):
             return
-        wanted = [inputs] if isinstance(inputs, Tensor) else inputs
+        if any(id(tensor) in self._run.elsewhere for tensor in tensors_in((args, kwargs))):
+            raise CaptureError(
+                f"the code around the model ({name}) uses a parameter of the model or its "
+                "gradient, which is in the process that runs its stage; use what the model "
+                "returns, or target='local'"
+            )
+
+    def _is_the_stages(
+        self,
+        func: Any,
+        outputs: Any,
+        inputs: Any = None,
+        retain_graph: bool | None = None,  # noqa: FBT001 - torch's signature
+        create_graph: bool = False,  # noqa: FBT001, FBT002 - torch's signature
+        **options: Any,
+    ) -> bool:
+        """Whether a backward pass leads into the stages, which then make it."""
+        if not self._outputs and not self._spent:
+            return False
+        nodes = nodes_behind([outputs] if isinstance(outputs, Tensor) else outputs)
+        if not nodes & (self._outputs | self._spent):
+            return False
+        given = (inputs, options.get("gradient"), options.get("grad_tensors"))
+        simple = given == (None, None, None) and not (retain_graph or create_graph)
+        if func in _BACKWARD and simple and not nodes & self._spent:
+            return True
+        wanted = [inputs] if isinstance(inputs, Tensor) else inputs or ()
         if func is torch.autograd.grad and all(
             getattr(t, "grad_fn", None) in nodes for t in wanted
         ):
-            return  # within what follows the model
+            return False  # within what follows the model
         raise CaptureError(
-            f"compute_loss calls {func.__name__}() through the model itself, whose stages run "
-            "their backward passes after it has returned; leave the gradient to the trainer, "
-            "take it with respect to the model's outputs only, or use transformers' Trainer"
+            f"compute_loss calls {func.__name__}() through the model itself, whose stages make one "
+            "backward pass for each call of the model, from one loss on; leave the gradient to the "
+            "trainer or call loss.backward() once, take it with respect to the model's outputs "
+            "only, or use transformers' Trainer"
         )
+
+
+def _added_up(losses: Any) -> Tensor:
+    """Return one loss, shape [], whose backward pass is that of all."""
+    if isinstance(losses, Tensor):
+        return losses.reshape(())
+    return torch.stack([loss.reshape(()) for loss in losses]).sum()
 
 
 def _nodes(value: Any) -> set[Any]:
@@ -294,14 +389,18 @@ class LiveLoss(_Loss):
 
     Attributes:
         runs: The runs of the step that is going on, by the number that their microbatch carries.
+        keeps: Whether it keeps what the model returns.
+        made: What the model has returned to each: the number of its structure, and its tensors.
     """
 
     # Its code runs once per microbatch, whatever is recomputed, and may use any tensor.
     runs_live = True
+    keeps = False
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: Mapping[int, LossRun] = {}
+        self.made: dict[int, tuple[int, tuple[Tensor, ...]]] = {}
         self._outputs: list[Snapshot] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveLoss:
@@ -310,7 +409,7 @@ class LiveLoss(_Loss):
     def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what a capture sees of the model: its outputs, and the loss behind them."""
         run = inputs.pop(RUN)
-        outputs = _without_caches(forward(**inputs))
+        outputs = _without_caches(forward(**_nested(inputs)))
         try:
             found = Snapshot.of({RUN: outputs})
         except Exception as error:  # whatever a class does when it is copied
@@ -328,6 +427,15 @@ class LiveLoss(_Loss):
             results |= {f"output_{n}": tensor for n, tensor in enumerate(found.tensors)}
         return results
 
+    def filled(self, outputs: int, tensors: Sequence[Tensor]) -> Any:
+        """Return what the model returns, of tensors and the number of their structure.
+
+        None is a leaf of its graph, as behind the model: a backward pass is seen by its nodes, and
+        code may change it in place.
+        """
+        inner = [t.clone() if t.requires_grad and t.is_leaf else t for t in tensors]
+        return self._outputs[outputs].filled(range(len(inner)), inner)[RUN]
+
     def forward(self, run: Tensor, tensors: tuple[Tensor, ...], outputs: int) -> Tensor:
         """Return the loss of the run, computed from the model's outputs.
 
@@ -338,12 +446,44 @@ class LiveLoss(_Loss):
         """
         if not self.runs or capturing():
             return _stand_in(tensors)
-        kept = self._outputs[outputs]
-        made = kept.filled(range(len(tensors)), tensors)[RUN]
+        made = self.filled(outputs, tensors)
         suspended = self.runs[int(run)]
         suspended.at_resume()
-        loss = suspended.resume(made)
-        return loss if torch.is_grad_enabled() else torch.zeros(())
+        if self.keeps:
+            self.made[int(run)] = outputs, tensors
+        suspended.resume(made)
+        if not torch.is_grad_enabled():
+            return torch.zeros(())
+        if suspended.loss is None:
+            raise CaptureError(
+                "training_step has called the model and made no backward pass through what it "
+                "returned; call self.accelerator.backward(loss) for every microbatch, of a loss "
+                "of 0 where nothing is to be learned, or use transformers' Trainer"
+            )
+        return suspended.loss
+
+
+def _flat(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs of which none is a dict of tensors: its members stand in its place."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if type(value) is dict and tensors_in(value):
+            found |= {f"{name}{_MEMBER}{key}": member for key, member in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _nested(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with the dicts that ``_flat`` has taken apart."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        outer, is_member, key = name.partition(_MEMBER)
+        if is_member:
+            found.setdefault(outer, {})[key] = value
+        else:
+            found[name] = value
+    return found
 
 
 def _without_caches(outputs: Any) -> Any:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dis
 import itertools
+import logging
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,19 +26,21 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.utils.logging import get_logger
 
 from ipu_pipeline.capture.values import PLAIN
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.train.live_loss import HOOKS, LossRun
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "ipu_pipeline")
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _MOVING = (
     torch.Generator, random.Random, np.random.Generator, types.GeneratorType, itertools.count,
     itertools.cycle,
 )  # fmt: skip
+# Of one thread each, or changed by every import.
+_NO_STATE = (threading.local, logging.Logger)
 # So many members of a container are compared; of a longer one its length and its end.
 _COMPARED = 16
 _COMPARED_BYTES = 1 << 16
@@ -57,6 +61,7 @@ class WatchedRun(LossRun):
         self.read: frozenset[str] = frozenset()
         self.changed_before: frozenset[str] = frozenset()
         self.changed_after: frozenset[str] = frozenset()
+        self.changed_last: frozenset[str] = frozenset()
         self.changed_meanwhile: frozenset[str] = frozenset()
         self._suspended: State = {}
 
@@ -73,13 +78,20 @@ class WatchedRun(LossRun):
         return super().call(forward, args, kwargs)
 
     def resume(self, outputs: Any) -> Any:
-        """Run the rest."""
+        """Run up to the backward pass, or the rest."""
         before = self._watch.state()
         self.changed_meanwhile = _changes(self._suspended, before) - _NO_CHANGE
         self._suspended = {}
         result = super().resume(outputs)
         self.changed_after = _changes(before, self._watch.state())
         return result
+
+    def go_on(self) -> None:
+        """Run what is behind the backward pass."""
+        before = self._watch.state()
+        super().go_on()
+        self._suspended = self._watch.state()
+        self.changed_last = _changes(before, self._suspended)
 
     def conflict(self, *, alone: bool) -> str:
         """Say why the code before the call must not run ahead; nothing if it may.
@@ -90,6 +102,10 @@ class WatchedRun(LossRun):
             return f"surrounds a model that changes {', '.join(sorted(self.changed_meanwhile))}"
         if self._watch.has_parameter(self.reads_gradients_of):
             return "reads gradients of the model's parameters"
+        if self.rounds > 1 or (self.rounds and not self.finished):
+            return "calls the model again behind a backward pass"
+        if self.changed_last:
+            return f"changes {', '.join(sorted(self.changed_last))} behind its backward pass"
         if self.further_calls:
             return "calls the model a second time or in another mode, outside of the pipeline"
         drawn = {name for name in self.changed_before if name.startswith(_RANDOM)}
@@ -129,13 +145,17 @@ class MicrobatchOrder:
                 "microbatches run one after another, not overlapped in the pipeline: %s", reason
             )
 
-    def settle(self, run: LossRun, *, alone: bool) -> None:
+    def settle(
+        self, run: LossRun, *, alone: bool, agree: Callable[[str], str] = lambda reason: reason
+    ) -> None:
         """Learn from a run; ``alone``: no other one had begun before it ended.
+
+        ``agree`` makes of what it conflicts with here what all processes say.
 
         Raises:
             LoweringError: It does something for the first time that needs another order.
         """
-        reason = run.conflict(alone=alone) if isinstance(run, WatchedRun) else ""
+        reason = agree(run.conflict(alone=alone)) if isinstance(run, WatchedRun) else ""
         if not reason:
             self.ahead = True if self.ahead is None else self.ahead
         elif alone:
@@ -279,7 +299,9 @@ def _of_library(namespace: Mapping[str, Any]) -> bool:
 def _named(name: str, value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
     """Yield a value, and what an object holds, each under its name."""
     yield name, _described(value)
-    plain = isinstance(value, (*PLAIN, *_CONTAINERS, Tensor, nn.Module, type, types.ModuleType))
+    plain = isinstance(
+        value, (*PLAIN, *_CONTAINERS, *_NO_STATE, Tensor, nn.Module, type, types.ModuleType)
+    )
     if plain or callable(value) or not depth:
         return
     # Objects of libraries hold the whole world.

@@ -6,6 +6,10 @@ own stages: they are clipped by their norm over all processes, and the loop's op
 what has a gradient here. Weights and optimizer state of other stages come here when something
 reads them: a checkpoint, ``save_model``, callbacks that are not transformers' own, the end of
 ``train``.
+
+Code around the model runs in every process: up to its call of the model before the step, in the
+process of the last stage inside the step, and in the others behind it, on what the model has
+returned there. So losses, logs and whatever the code keeps are the same everywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
+from transformers import Trainer
 
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
 from ipu_pipeline.backends.cluster.joining import MARGIN_S
@@ -37,30 +42,31 @@ from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.materialize import is_on_meta
 from ipu_pipeline.train.arguments import num_processes, process_index
-from ipu_pipeline.train.live_loss import LossRun, calls_of
+from ipu_pipeline.train.live_loss import HandedIn, LossRun, calls_of
+from ipu_pipeline.train.live_steps import LiveSteps
 from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
 from ipu_pipeline.train.share import ShareOfData, mark_of
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
 
 if TYPE_CHECKING:
-    from ipu_pipeline.train.trainer import PipelineTrainer
+    from ipu_pipeline.train.mixin import PipelineMixin
 
 T = TypeVar("T")
 _writes = Counter[str]()  # of every folder, how often a model was written there
 
 
-class ProcessSteps(CollectedSteps):
+class ProcessSteps(LiveSteps, CollectedSteps):
     """The steps of a trainer whose stages are processes.
 
     Args:
-        trainer: The ``PipelineTrainer``.
+        trainer: The trainer.
     """
 
     target = "distributed"
     inside_step = "when each process has the gradients of its own stages only"
-    runs_alone = "the processes run the model alone"
+    runs_alone = "replicas divide every microbatch"
 
-    def __init__(self, trainer: PipelineTrainer) -> None:
+    def __init__(self, trainer: PipelineMixin) -> None:
         super().__init__(trainer)
         self._is_stale = False
         self._owns_group = False
@@ -69,6 +75,7 @@ class ProcessSteps(CollectedSteps):
         # Which batches of this optimizer step are another replica's.
         self._others: list[bool] = []
         self._left_out: list[Any] = []
+        self._live.keeps = True
         self._num_whole = 0  # weights of the model, if it has slices of them while it runs
         self._read_at = frozenset[str]()
 
@@ -133,12 +140,33 @@ class ProcessSteps(CollectedSteps):
 
     # ---- training -----------------------------------------------------------------------
 
+    def check_code(self) -> None:
+        """Refuse code of the trainer's class that the processes do not run.
+
+        Raises:
+            ValueError: Replicas would divide what the code is given whole.
+        """
+        if self._replicas == 1:
+            return
+        super().check_code()
+        kind = type(self._trainer)
+        if self._reads_shares and kind.get_train_dataloader is not Trainer.get_train_dataloader:
+            raise ValueError(
+                f"get_train_dataloader of {kind.__name__} reads whole batches, and with "
+                "batches='share' a process is given a part; leave batches='share' out"
+            )
+        if self._trainer.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha is drawn for whole microbatches, and {self.runs_alone}; "
+                "leave it or replicas out"
+            )
+
     def check_training(self) -> None:
         """Refuse to train what processes do not compute as one does.
 
         Raises:
-            ValueError: The loss is computed outside of the model, a callback acts in a step, or
-                each process would choose its own hyperparameters.
+            ValueError: A callback acts in a step, or each process would choose its own
+                hyperparameters; as ``check_code``.
         """
         super().check_training()
         if self._trainer.hp_search_backend is not None:
@@ -146,6 +174,63 @@ class ProcessSteps(CollectedSteps):
                 "hyperparameter_search would choose other values in every process; run it in one "
                 "process, with target='local'"
             )
+
+    def begin(self) -> None:
+        """Begin an optimizer step; nothing is left of an abandoned one."""
+        super().begin()
+        self._waiting.clear()
+
+    def microbatch(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """Take a microbatch whose loss is the model's; the last one of a step runs them all."""
+        self._trainer._noise.draw(len(self._waiting), inputs)
+        return CollectedSteps.microbatch(self, inputs, num_items)
+
+    def _prepare(self, run: LossRun) -> None:
+        """Prepare a run that is about to begin: weights of other stages are not those of now."""
+        super()._prepare(run)
+        model = self._trainer._whole_model
+        if model.training:
+            sliced = bool(self._num_whole)
+            run.elsewhere = frozenset(
+                id(p) for p in model.parameters() if p.requires_grad or sliced
+            )
+
+    def _before_further_call(self, run: LossRun) -> None:
+        if not run.elsewhere:  # in an evaluation; a step has checks of what is used
+            self.fetch()
+
+    def _train(self, parts: list[HandedIn], weights: list[float], first: int) -> list[float]:
+        """Run microbatches; their code has then seen what the model returns in all processes."""
+        losses = super()._train(parts, weights, first)
+        assert isinstance(self.executable, DistributedExecutable)
+        self.executable.keep_own_optimizer_state(self._optimizer())
+        self._is_stale = True
+        self.agreed(lambda: self._share_outputs([part.run for part in parts]), everywhere=True)
+        return losses
+
+    def _agree(self, reason: str) -> str:
+        """Return what all processes say of a run: the first that says something."""
+        return next((said for said in self._group.gather(reason, str) if said), "")
+
+    def _share_outputs(self, runs: Sequence[LossRun | None]) -> None:
+        """Go on with the runs in the other processes, on what the model has returned in one."""
+        made, self._live.made = self._live.made, {}
+        source = self._group.gather(bool(made), bool).index(True)
+        own = {
+            n: (number, [(t.detach(), t.requires_grad) for t in tensors])
+            for n, (number, tensors) in made.items()
+        }
+        message: list[Any] = [own if process_index() == source else None]
+        dist.broadcast_object_list(message, src=source)
+        for n, run in enumerate(runs):
+            if made or run is None:
+                continue
+            number, tensors = message[0][n]
+            found = [t.requires_grad_(trained) for t, trained in tensors]
+            run.at_resume()
+            run.resume(self._live.filled(number, found))
+            if run.loss is not None and run.loss.requires_grad:
+                run.loss.backward()  # into weights that the code has besides the model's
 
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Run the microbatches of an optimizer step; return the loss of the step.
@@ -270,7 +355,7 @@ class ProcessSteps(CollectedSteps):
 
         Code of the user's own runs one batch after another.
         """
-        if not self._trainer._loss_is_inherited() and len(bodies) > 1:
+        if not self._trainer._prediction_is_inherited() and len(bodies) > 1:
             return [found for body in bodies for found in self.predict([body])]
         runs = [LossRun(body) for body in bodies]
         modes = [module.training for module in self._trainer._whole_model.modules()]
@@ -288,16 +373,6 @@ class ProcessSteps(CollectedSteps):
         finally:
             for run in runs:
                 run.abandon()
-
-    def _called(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Answer a call of the model: by the code of a batch, or by a capture."""
-        run = LossRun.current()
-        if run is None:
-            return forward(*args, **kwargs)
-        if run.inputs is None and run.may_suspend(run.modes):
-            return self._trainer._widened(run.call(forward, args, kwargs))
-        self.fetch()
-        return self._trainer._in_one_piece(forward, args, kwargs)
 
     # ---- the run ------------------------------------------------------------------------
 

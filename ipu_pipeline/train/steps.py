@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -19,7 +19,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult, Executable
 
 if TYPE_CHECKING:
-    from ipu_pipeline.train.trainer import PipelineTrainer
+    from ipu_pipeline.train.mixin import PipelineMixin
 
 logger = logging.get_logger(__name__)
 Prediction = tuple[Tensor | None, Any, Any]
@@ -34,7 +34,7 @@ class TargetSteps(ABC):
     """The steps of one trainer on one target; they hold the executable.
 
     Args:
-        trainer: The ``PipelineTrainer``.
+        trainer: The trainer.
 
     Attributes:
         executable: Of the present model, once something was run.
@@ -46,7 +46,7 @@ class TargetSteps(ABC):
     reads_ahead = True
     has_gradients = True
 
-    def __init__(self, trainer: PipelineTrainer) -> None:
+    def __init__(self, trainer: PipelineMixin) -> None:
         self._trainer = trainer
         self.executable: Executable | None = None
 
@@ -79,26 +79,31 @@ class TargetSteps(ABC):
 
     # ---- training -----------------------------------------------------------------------
 
-    def check_training(self) -> None:  # noqa: B027 - nothing to refuse by default
+    def check_code(self) -> None:  # noqa: B027 - nothing to refuse by default
+        """Refuse code of the trainer's class that the target does not run.
+
+        Raises:
+            ValueError: There is some.
+        """
+
+    def check_training(self) -> None:
         """Refuse to train what the target does not compute.
 
         Raises:
             ValueError: It was asked for.
         """
+        self.check_code()
 
     @abstractmethod
     def begin(self) -> None:
         """Begin an optimizer step; nothing is left of an abandoned one."""
 
     @abstractmethod
-    def microbatch(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
-    ) -> Tensor:
+    def microbatch(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         """Take a microbatch of an optimizer step; at the last one, all of them have run.
 
         Args:
-            model: The model.
-            inputs: What it is called with.
+            inputs: What the model is called with.
             num_items: As transformers counts them; ``None`` where the loss does not ask.
 
         Returns:
@@ -168,7 +173,7 @@ class CollectedSteps(TargetSteps):
     inside_step: ClassVar[str]
     runs_alone: ClassVar[str]
 
-    def __init__(self, trainer: PipelineTrainer) -> None:
+    def __init__(self, trainer: PipelineMixin) -> None:
         super().__init__(trainer)
         self._waiting: list[dict[str, Any]] = []
 
@@ -176,12 +181,7 @@ class CollectedSteps(TargetSteps):
         """Begin an optimizer step; nothing is left of an abandoned one."""
         self._waiting.clear()
 
-    def microbatch(
-        self,
-        model: nn.Module,  # noqa: ARG002 - of targets that run compute_loss
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-    ) -> Tensor:
+    def microbatch(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         """Take a microbatch; the last one of an optimizer step runs them all."""
         trainer = self._trainer
         self._waiting.append(dict(inputs))
@@ -205,11 +205,19 @@ class CollectedSteps(TargetSteps):
                         f"{type(callback).__name__}.{event} acts inside an optimizer step, "
                         f"{self.inside_step}; use on_step_end, or target='local'"
                     )
+        self.check_code()
+
+    def check_code(self) -> None:
+        """Refuse code of the trainer's class that the target does not run.
+
+        Raises:
+            ValueError: The loss is computed outside of the model.
+        """
         if not self._trainer._loss_is_the_models():
             raise ValueError(
-                "the loss is computed outside of the model (compute_loss, compute_loss_func or "
-                f"label_smoothing_factor), and {self.runs_alone}; compute it in the model's "
-                "forward, or use target='local'"
+                "the loss is computed outside of the model (training_step, compute_loss, "
+                f"compute_loss_func or label_smoothing_factor), and {self.runs_alone}; compute it "
+                "in the model's forward, or use target='local'"
             )
 
     def watch_callbacks(self) -> None:

@@ -1,38 +1,53 @@
-"""What transformers' training arguments can ask for and a pipeline cannot do."""
+"""What a trainer class and its arguments can ask for and a pipeline cannot do.
+
+``REFUSED_ARGUMENTS`` and ``REFUSED_METHODS`` are tables: ``refusals()`` is what documents show.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin  # type: ignore[import-untyped]
+from transformers import Trainer, TrainingArguments
 from transformers.debug_utils import DebugOption
 
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.train.arguments import num_processes
 
-_OTHER_RUNTIMES = {
-    "fsdp": "it shards the model over processes, and the plan places whole blocks",
-    "deepspeed": "it brings its own engine in place of the pipeline",
-    "parallelism_config": "the plan is what splits the model",
-    "torch_compile": "stages run the model's own modules",
-    "use_liger_kernel": "its kernels need a GPU",
-    "auto_find_batch_size": "a plan is made for one size of microbatch",
-    "async_save": "transformers writes the checkpoints, and training waits for them",
-    "stochastic_rounding": "transformers makes the optimizer; pass "
-    "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
-    "replicated_tensor_sharding": "there is one copy of the pipeline",
-    "master_weights": "transformers steps the optimizer; use ipu_pipeline.train.train",
-}
+_EVERYWHERE = ("local", "distributed", "poptorch")
+_SEVERAL = ("distributed", "poptorch")
+# Arguments that may not be set: on which targets, and why.
+REFUSED_ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "fsdp": (_EVERYWHERE, "it shards the model over processes, and the plan places whole blocks"),
+    "deepspeed": (_EVERYWHERE, "it brings its own engine in place of the pipeline"),
+    "parallelism_config": (_EVERYWHERE, "the plan is what splits the model"),
+    "use_liger_kernel": (_EVERYWHERE, "its kernels need a GPU and replace forward methods, which "
+                         "a capture has to see"),
+    "torch_compile": (_SEVERAL, "blocks are compiled with target='local' only"),
+    "auto_find_batch_size": (_SEVERAL, "each process would find a size of its own, and a program "
+                             "on IPUs has one"),
+    "async_save": (_EVERYWHERE, "transformers writes the checkpoints, and training waits for them"),
+    "stochastic_rounding": (_EVERYWHERE, "transformers makes the optimizer; pass "
+                            "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), "
+                            "None)"),
+    "replicated_tensor_sharding": (_EVERYWHERE, "there is one copy of the pipeline"),
+    "master_weights": (_EVERYWHERE, "transformers steps the optimizer; use "
+                       "ipu_pipeline.train.train"),
+    "save_on_each_node": (("distributed",), "the first process writes the whole model into a "
+                          "folder that all machines share"),
+}  # fmt: skip
 # They change weights inside the backward pass, where stages run at the same time.
 _IN_BACKWARD = ("lomo", "layerwise")
 _CHECKPOINTING = frozenset({"use_reentrant"})
 
 
-# What the pipeline replaces, or what would surround a call of the model that runs elsewhere.
-_REPLACED = {
-    "training_step": "the pipeline has its own",
+# Methods that call those of the next class, without which the pipeline is never asked.
+_LOOPS = ("train", "_inner_training_loop")
+# Methods that may not be another class's, and why.
+REFUSED_METHODS = {
     "compute_loss_context_manager": "the model runs in the stages, outside of that context",
     "autocast_smart_context_manager": "the model runs in the stages, outside of that context",
 }
@@ -43,28 +58,39 @@ def check_class(cls: type, ours: type) -> None:
 
     Args:
         cls: The class that is constructed.
-        ours: ``PipelineTrainer``, whose base is transformers' ``Trainer``.
+        ours: ``PipelineMixin``.
 
     Raises:
-        ValueError: Another trainer class stands before ours, or a method would never be called.
+        ValueError: There is no trainer behind ours, or one before it, or a method would be called
+            around something else than the model.
     """
-    theirs = ours.__bases__[0]
+    if not issubclass(cls, Trainer):
+        raise ValueError(
+            f"{cls.__name__} has no trainer of transformers among its bases; write class "
+            f"{cls.__name__}({ours.__name__}, Trainer)"
+        )
     before = [c for c in cls.__mro__[: cls.__mro__.index(ours)] if not issubclass(c, ours)]
     for base in before:
-        if issubclass(base, theirs):
+        if issubclass(base, Trainer):
             raise ValueError(
-                f"{cls.__name__} has {base.__name__} before PipelineTrainer, which then never gets "
-                f"its arguments; write class {cls.__name__}(PipelineTrainer, {base.__name__})"
+                f"{cls.__name__} has {base.__name__} before {ours.__name__}, which then never gets "
+                f"its arguments; write class {cls.__name__}({ours.__name__}, {base.__name__})"
             )
-    for name, reason in _REPLACED.items():
-        # A training_step before ours calls ours.
-        first = cls.__mro__.index(ours) + 1 if name == "training_step" else 0
-        owner = next(c for c in cls.__mro__[first:] if name in vars(c))
-        if owner is not theirs:
+    for name, reason in REFUSED_METHODS.items():
+        owner = next(c for c in cls.__mro__ if name in vars(c))
+        if owner is not Trainer:
             raise ValueError(
-                f"{name} of {owner.__name__} does not go with PipelineTrainer ({reason}); leave "
-                "it out: override compute_loss, or use transformers' Trainer"
+                f"{name} of {owner.__name__} does not go with {ours.__name__} ({reason}); leave "
+                "it out: override compute_loss or training_step, or use transformers' Trainer"
             )
+    for name in _LOOPS:
+        for owner in cls.__mro__[: cls.__mro__.index(Trainer)]:
+            code = getattr(vars(owner).get(name), "__code__", None)
+            if code and not {"super", name} & {*code.co_names}:
+                raise ValueError(
+                    f"{name} of {owner.__name__} is a loop of its own, which hands no microbatch "
+                    f"to the pipeline; call super().{name}(), or use it without {ours.__name__}"
+                )
 
 
 def inherited_from(cls: type, ours: type, name: str) -> type:
@@ -118,19 +144,16 @@ def check_arguments(args: Any, target: str = "local") -> None:
     Raises:
         ValueError: One of them is set; the message names it and the remedy.
     """
-    for name, reason in _OTHER_RUNTIMES.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
+    for name, (targets, reason) in REFUSED_ARGUMENTS.items():
+        if target in targets and getattr(args, name, None):
+            where = "" if targets == _EVERYWHERE else f" on target={target!r}"
+            raise ValueError(
+                f"{name} does not go with PipelineTrainer{where} ({reason}); leave it out"
+            )
     if target == "poptorch":
         _check_for_ipus(args)
     else:
         _check_for_stages(args, target)
-    if target == "distributed" and getattr(args, "save_on_each_node", False):
-        raise ValueError(
-            "save_on_each_node does not go with target='distributed': the first process writes "
-            "the whole model; leave it out, and let output_dir be in a file system that all "
-            "machines share"
-        )
     if args.device.type != "cpu" and (target != "local" or args.n_gpu > 1):
         raise ValueError(
             "PipelineTrainer runs on CPUs, with target='local' also on one GPU, and the arguments "
@@ -158,6 +181,12 @@ def check_arguments(args: Any, target: str = "local") -> None:
 
 def _check_for_stages(args: Any, target: str) -> None:
     """Refuse what stages do in another way, or not at all."""
+    mode, backend = (getattr(args, f"torch_compile_{n}", None) for n in ("mode", "backend"))
+    if getattr(args, "torch_compile", None) and (mode or backend not in (None, "inductor")):
+        raise ValueError(
+            f"torch_compile compiles blocks by inductor in its default mode here, not by {backend} "
+            f"in mode {mode}; leave torch_compile_backend and torch_compile_mode out"
+        )
     if args.fp16 and target == "distributed":
         raise ValueError(
             "fp16 does not go with target='distributed' in PipelineTrainer, whose loop lets each "
@@ -208,19 +237,48 @@ def _either(args: TrainingArguments, name: str) -> Any:
     return newer or getattr(args, f"gradient_{name}", None)
 
 
-def check_plan(plan: Plan, args: TrainingArguments) -> None:
+def check_plan(plan: Plan, args: TrainingArguments, asked: Mapping[str, Any] | None = None) -> None:
     """Refuse a plan for another number of microbatches or of copies of the pipeline.
+
+    Args:
+        plan: The plan.
+        args: Training arguments.
+        asked: Fields of a plan, of which those that are not ``None`` were asked for.
 
     Raises:
         ValueError: Plan and arguments contradict each other.
     """
-    for name, planned in {
-        "gradient_accumulation_steps": plan.num_microbatches,
-        "replicas": plan.replicas,
-    }.items():
-        asked = getattr(args, name, 1)
-        if asked != planned:
+    wanted = {
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps, plan.num_microbatches),
+        "replicas": (getattr(args, "replicas", 1), plan.replicas),
+    }
+    wanted |= {n: (v, getattr(plan, n)) for n, v in (asked or {}).items() if v is not None}
+    for name, (value, planned) in wanted.items():
+        if value != planned:
             raise ValueError(
-                f"{name} is {asked} and the plan was made for {planned}; make them equal, or have "
+                f"{name} is {value} and the plan was made for {planned}; make them equal, or have "
                 "another plan made"
             )
+    if getattr(args, "auto_find_batch_size", False):
+        raise ValueError(
+            "auto_find_batch_size makes microbatches smaller, and the plan was made for one size; "
+            "leave plan or auto_find_batch_size out"
+        )
+
+
+def uncompiled(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of accelerate with which it does not compile the whole model."""
+    if "dynamo_plugin" in options:
+        options["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+    return options
+
+
+def refusals() -> str:
+    """Return the tables of what is refused, in Markdown."""
+    lines = ["| argument | refused on | why |", "|---|---|---|"]
+    for name, (targets, reason) in REFUSED_ARGUMENTS.items():
+        where = "every target" if targets == _EVERYWHERE else ", ".join(targets)
+        lines.append(f"| `{name}` | {where} | {reason} |")
+    lines += ["", "| method of another class | why |", "|---|---|"]
+    lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED_METHODS.items()]
+    return "\n".join(lines) + "\n"

@@ -26,7 +26,8 @@ def test_summary_means_absolute_errors_and_keeps_the_sign_of_the_largest() -> No
     assert LIMITS["profiled"] == 10
 
 
-@pytest.mark.parametrize("clock", ["wall", pytest.param("processor", marks=pytest.mark.acceptance)])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("clock", ["wall", "processor"])
 def test_every_stage_of_every_way_is_compared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: str
 ) -> None:

@@ -11,6 +11,7 @@ from benchmarks.suite.contest import ContestError, Team, check_losses, contest, 
 from benchmarks.suite.contestants import UnavailableError, even_split, make
 from benchmarks.suite.material import make_batch, make_material
 from benchmarks.suite.workloads import Contestant, Suite, Workload, load
+from tests.later import every_second
 
 TINY = Workload(
     model="bert",
@@ -41,7 +42,7 @@ def test_an_even_split() -> None:
     assert [len(part) for part in even_split("abcdefg", 4)] == [2, 2, 1, 2]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", every_second(["float32", "bf16"]))
 def test_eager_and_ours_compute_the_same_and_learn(precision) -> None:
     material = make_material(TINY, precision)
     batch = make_batch(TINY, 4)
@@ -78,7 +79,7 @@ def test_other_losses_are_refused() -> None:
         check_losses({"eager": 2.0, "DDP": float("nan")}, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_worker_that_fails_says_what_it_said() -> None:
     with (
         Team(TINY, "float32", processes=1, threads=1) as team,

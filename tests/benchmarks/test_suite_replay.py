@@ -79,6 +79,7 @@ def test_ratios_say_how_many_times_as_fast() -> None:
     assert metric("error_percent", "%", [4.0], "predicted")["kind"] == "predicted"
 
 
+@pytest.mark.acceptance
 def test_pytest_benchmark_writes_the_recorded_seconds(tmp_path: Path, root: Path) -> None:
     (tmp_path / "bench_x.py").write_text(BENCH, encoding="utf-8")
     command = [

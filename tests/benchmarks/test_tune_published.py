@@ -8,16 +8,15 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.tune_published import CONFIGS, compare, published
-from tests.later import every_second
 
 GROUPS = {
     name: group for name, group in published().items() if name.startswith("256-question-answering")
 }
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.skipif(not GROUPS, reason=f"{CONFIGS} is not here")
-@pytest.mark.parametrize("name", every_second(GROUPS))
+@pytest.mark.parametrize("name", GROUPS)
 def test_no_published_configuration_is_faster(name: str) -> None:
     compared = compare(*GROUPS[name])
     assert any(comparison.published_fits for comparison in compared)

@@ -3,8 +3,7 @@ import pathlib
 import re
 import resource
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 
@@ -106,22 +105,26 @@ def test_killed_after_both_renames_of_a_replacement(saved, trained):
 
 def test_a_live_writer_elsewhere_is_left_alone(tmp_path):
     """It holds a lock; what has none, or one that nobody holds, is of writers that are gone."""
-    code = "import sys; from pathlib import Path; from ipu_pipeline.checkpoint import directory; "
-    code += (
-        "made = directory.AtomicDirectory(Path(sys.argv[1])); print('made', flush=True); input()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "a")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout.readline() == b"made\n"
-        kept = set(tmp_path.iterdir())
-        assert len(kept) == 2
-        (tmp_path / ".d.incomplete.0").mkdir()
-        (tmp_path / ".e.incomplete.1").mkdir()
-        (tmp_path / ".e.incomplete.1.lock").touch()
-        (tmp_path / ".f.incomplete.2.lock").touch()
-        write_checkpoint(tmp_path / "c", model=Tied(), optimizer=None, global_step=0)
-        assert set(tmp_path.iterdir()) == kept | {tmp_path / "c"}
-        writer.kill()
+    said, saying = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        made = directory.AtomicDirectory(tmp_path / "a")
+        os.write(saying, str(made).encode())
+        time.sleep(1000)
+        os._exit(1)
+    os.read(said, 1)
+    kept = set(tmp_path.iterdir())
+    assert len(kept) == 2
+    (tmp_path / ".d.incomplete.0").mkdir()
+    (tmp_path / ".e.incomplete.1").mkdir()
+    (tmp_path / ".e.incomplete.1.lock").touch()
+    (tmp_path / ".f.incomplete.2.lock").touch()
+    write_checkpoint(tmp_path / "c", model=Tied(), optimizer=None, global_step=0)
+    assert set(tmp_path.iterdir()) == kept | {tmp_path / "c"}
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    os.close(said)
+    os.close(saying)
     directory.remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "c"]
 

@@ -203,6 +203,7 @@ def test_a_mistake_is_one_line(script, tiny_model, tmp_path, monkeypatch, argume
     assert left in ([], [".run.lock"])  # the folder is tried before data are loaded
 
 
+@pytest.mark.acceptance
 def test_runs_as_a_script(tiny_model, tmp_path):
     environment = {"PYTHONPATH": str(FOLDER.parents[1]), "HF_HUB_OFFLINE": "1", "PATH": ""}
     command = [sys.executable, str(FOLDER / "run_qa.py"), "--do_eval", "--dataset_name", "squad"]

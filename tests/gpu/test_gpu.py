@@ -28,7 +28,7 @@ STEPS, RATE = 4, 0.1
 def curve(name: str, stages: int, *, dropout: bool = False, **options: Any) -> list[float]:
     model, example = TINY[name].build(dropout=dropout)
     plan = ipp.plan(model, example, num_stages=stages, microbatches=2)
-    _, batch = TINY[name].build(batch_size=4, seed=3)
+    batch = TINY[name].batch(batch_size=4, seed=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with ipp.compile(model, plan, optimizer=optimizer, device="cuda", **options) as executable:
         assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -38,7 +38,7 @@ def curve(name: str, stages: int, *, dropout: bool = False, **options: Any) -> l
 def eager(name: str, precision: str) -> list[float]:
     model, _ = TINY[name].build(dropout=False)
     model.cuda()
-    _, batch = TINY[name].build(batch_size=4, seed=3)
+    batch = TINY[name].batch(batch_size=4, seed=3)
     batch = {k: v.cuda() for k, v in batch.items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -104,7 +104,7 @@ def test_the_trainer_trains_as_transformers_does(tmp_path: Path, precision: str)
             optim="sgd", learning_rate=RATE, disable_tqdm=True, **{precision: True},
         )  # fmt: skip
         model, _ = TINY["bert-qa"].build(dropout=False)
-        _, batch = TINY["bert-qa"].build(batch_size=4 * STEPS, seed=3)
+        batch = TINY["bert-qa"].batch(batch_size=4 * STEPS, seed=3)
         rows = [{k: v[n] for k, v in batch.items()} for n in range(4 * STEPS)]
         trainer = kind(model=model, args=arguments, train_dataset=rows, **extra)
         trainer.train()
@@ -120,7 +120,7 @@ def test_want_of_memory_leaves_a_snapshot() -> None:
     try:
         model, example = TINY["llama"].build(dropout=False)
         plan = ipp.plan(model, example, num_stages=2, microbatches=2)
-        _, batch = TINY["llama"].build(batch_size=16384, seed=3)
+        batch = TINY["llama"].batch(batch_size=16384, seed=3)
         with (
             ipp.compile(model, plan, device="cuda", self_check=False) as executable,
             pytest.raises(StageError, match=r"stage \d failed.*a snapshot of the memory is in"),

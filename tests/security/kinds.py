@@ -113,7 +113,7 @@ def compile_plan(path: Path) -> None:
     try:
         with ipp.compile(copy.deepcopy(model), found, target="local") as executable:
             if found.total_batch_size == good.total_batch_size:
-                _, batch = TINY["bert-qa"].build(batch_size=good.total_batch_size, seq_length=8)
+                batch = TINY["bert-qa"].batch(batch_size=good.total_batch_size, seq_length=8)
                 assert math.isfinite(executable.forward_backward(batch))
     except PipelineError as error:  # of the plan, whose file compile does not know
         raise PlanError(f"{path}: {error}") from error

@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
-from ipu_pipeline.capture.from_config import from_config
 from tests.tiny_models import TINY, TinyModel
 
 MICROBATCHES = 4
@@ -49,15 +48,9 @@ def built(
 ) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
     """Return the model, an example microbatch, a batch of four, and the blocks to serialize."""
     tiny, blocks = MODELS[name]
-
-    def build(batch_size: int, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        config = tiny.config(dropout=dropout, **changes)
-        return from_config(
-            config, tiny.task, batch_size=batch_size, seq_length=16, device="cpu", seed=seed
-        )
-
-    model, example = build(2, 0)
-    return model, example, build(2 * MICROBATCHES, 3)[1], blocks
+    tiny = replace(tiny, options={**tiny.options, **changes})
+    model, example = tiny.build(dropout=dropout)
+    return model, example, tiny.batch(batch_size=2 * MICROBATCHES, seed=3), blocks
 
 
 def serialized(plan: ipp.Plan, factors: dict[str, int]) -> ipp.Plan:

@@ -27,7 +27,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 def curve(name: str, stages: int, **options: Any) -> list[float]:
     model, example = TINY[name].build(dropout=False)
     plan = ipp.plan(model, example, num_stages=stages, microbatches=2)
-    _, batch = TINY[name].build(batch_size=4, seed=3)
+    batch = TINY[name].batch(batch_size=4, seed=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with ipp.compile(model, plan, optimizer=optimizer, **options) as executable:
         losses = [executable.train_step(batch).loss for _ in range(2)]

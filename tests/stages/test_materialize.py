@@ -81,7 +81,7 @@ def test_a_local_executable_trains_a_model_that_came_from_meta(tmp_path: Path) -
     real.save_pretrained(tmp_path)
     model = on_meta("bert-qa")
     plan = ipp.plan(model, batch, num_stages=2, microbatches=2)
-    _, whole = TINY["bert-qa"].build(batch_size=4)
+    whole = TINY["bert-qa"].batch(batch_size=4)
     losses = []
     for one, options in ((real, {}), (model, {"weights": tmp_path})):
         optimizer = SGD(one.parameters(), lr=0.1)

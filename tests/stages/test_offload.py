@@ -29,7 +29,7 @@ def gradients(model: Any, plan: ipp.Plan, batch: Any, **options: Any) -> dict[st
 def test_what_waits_elsewhere_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, example = TINY["bert-qa"].build(dropout=True)
     plan = ipp.plan(model, example, num_stages=2, microbatches=2)
-    _, batch = TINY["bert-qa"].build(batch_size=4, seed=3)
+    batch = TINY["bert-qa"].batch(batch_size=4, seed=3)
     expected = gradients(model, plan, batch)
     # On a CPU host memory is where everything is: let copies of it be elsewhere.
     monkeypatch.setattr(

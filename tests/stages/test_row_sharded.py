@@ -14,7 +14,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
-from tests.later import pairs_first
+from tests.later import in_turn
 from tests.stages.models import (
     MICROBATCHES,
     assert_equal_gradients,
@@ -53,7 +53,7 @@ def compiled(model: nn.Module, plan: ipp.Plan, **options: Any) -> LocalExecutabl
 
 @pytest.mark.parametrize(
     ("name", "splits", "sequential"),
-    pairs_first(
+    in_turn(
         ("gpt2 (tied)", "bert-mlm (tied)", "t5 (tied)", "mt5 (untied)", "llama (untied)"),
         ((4, 2, 1), (2, 5)),
         (True, False),

@@ -88,13 +88,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
 def test_transformers_are_captured_and_checked_once(name: str, counts: Counts) -> None:
     sizes = [(2, 16), (2, 24), (1, 9)]
-    batches = [TINY[name].build(batch_size=b, seq_length=n, seed=n)[1] for b, n in sizes]
+    batches = [TINY[name].batch(batch_size=b, seq_length=n, seed=n) for b, n in sizes]
     assert_alike(lambda: TINY[name].build()[0], batches)
     assert counts == Counts(captures=0, checks=1)  # that of the plan
 
 
 def test_in_lower_precision(counts: Counts) -> None:
-    batches = [TINY["t5"].build(seq_length=n, seed=n)[1] for n in (16, 9)]
+    batches = [TINY["t5"].batch(seq_length=n, seed=n) for n in (16, 9)]
     assert_alike(lambda: TINY["t5"].build()[0], batches, precision="bf16")
     assert counts == Counts(captures=1, checks=2)  # that of the plan has no autocast
 
@@ -264,7 +264,7 @@ def test_outputs_in_evaluation(counts: Counts) -> None:
     plan = ipp.plan(model, one, num_stages=2, microbatches=1)
     with ipp.compile(model, plan) as executable:
         for length in (16, 12):
-            _, one = TINY["bert-mlm"].build(batch_size=4, seq_length=length)
+            one = TINY["bert-mlm"].batch(batch_size=4, seq_length=length)
             found = executable.eval_step(one)
             with torch.no_grad():
                 expected = model.eval()(**one)

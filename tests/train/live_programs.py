@@ -6,11 +6,13 @@ says whether its microbatches may overlap in the pipeline.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -488,5 +490,106 @@ def what_a_hook_keeps(base):
             super().__init__(model, *args, **kwargs)
             layer = model.bert.encoder.layer[0].output
             layer.register_forward_hook(lambda m, i, o: kept.append(o.detach().abs().mean()))
+
+    return Mine
+
+
+def embeddings(self):
+    return self.model.bert.embeddings.word_embeddings.weight
+
+
+@program(overlap=False)
+def fast_gradient_method(base):
+    """Adversarial training: a second backward pass, of embeddings moved by the first."""
+
+    class Mine(base):
+        seen = ()
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
+            weight = embeddings(self)
+            before = weight.data.clone()
+            weight.data.add_(weight.grad, alpha=float(0.5 / weight.grad.norm()))
+            moved = super().training_step(model, dict(inputs), num_items_in_batch)
+            weight.data = before
+            collected(self, (round(loss.item(), 5), round(moved.item(), 5)))
+            return loss
+
+    return Mine
+
+
+@program(overlap=False)
+def projected_gradient_descent(base):
+    """The step is written out: of three backward passes the second counts for nothing."""
+
+    class Mine(base):
+        seen = ()
+        compute_loss = loss_of(cross_entropy)
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            inputs, weight = self._prepare_inputs(inputs), embeddings(self)
+            loss = self.compute_loss(model, dict(inputs)) / 3
+            loss.backward()
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+            before, moved = weight.data.clone(), []
+            for step in range(2):
+                weight.data.add_(weight.grad, alpha=float(0.3 / weight.grad.norm()))
+                if step == 0:
+                    model.zero_grad()
+                else:
+                    for name, parameter in model.named_parameters():
+                        parameter.grad = gradients[name]
+                again = self.compute_loss(model, dict(inputs)) / 3
+                self.accelerator.backward(again)
+                moved.append(round(again.item(), 5))
+            weight.data.copy_(before)
+            collected(self, moved)
+            return loss.detach()
+
+    return Mine
+
+
+@program()
+def step_in_a_context(base):
+    class Mine(base):
+        seen = ()
+
+        def training_step(self, *args, **kwargs):
+            with contextlib.nullcontext():
+                return super().training_step(*args, **kwargs)
+
+    return Mine
+
+
+@program(overlap=False)
+def step_that_keeps_activations_in_another_type(base):
+    class Mine(base):
+        seen = ()
+
+        def training_step(self, *args, **kwargs):
+            double = partial(torch.Tensor.to, dtype=torch.float64)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (t.dtype, double(t) if t.is_floating_point() else t),
+                lambda kept: kept[1].to(kept[0]),
+            ):
+                return super().training_step(*args, **kwargs)
+
+    return Mine
+
+
+@program(overlap=False)
+def two_passes_of_one_batch(base):
+    """R-Drop: both passes of the model belong to one loss."""
+
+    class Mine(base):
+        seen = ()
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            first, second = model(**inputs), model(**inputs)
+            apart = (first.logits - 2 * second.logits).pow(2).mean()
+            loss = cross_entropy(self, first, labels) + apart
+            return (loss, first) if return_outputs else loss
 
     return Mine

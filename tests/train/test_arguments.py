@@ -146,6 +146,7 @@ print(arguments.process_index, arguments.world_size, arguments.should_save, dist
 """
 
 
+@pytest.mark.acceptance
 def test_one_process_of_two_imports_no_trainer_and_starts_no_process_group(root):
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run(

@@ -159,9 +159,11 @@ def test_what_ipus_do_not_compute_is_refused_before_anything_runs(tmp_path) -> N
         ValueError, match=r"InStep\.on_optimizer_step acts inside an optimizer step"
     ):
         trainer.train()
-    own = OwnLoss(bert_qa(), arguments(tmp_path), train_dataset=marked(), **IPUS)
     with pytest.raises(ValueError, match="the loss is computed outside of the model"):
-        own.train()
+        OwnLoss(bert_qa(), arguments(tmp_path), train_dataset=marked(), **IPUS)
+    evaluates = OwnLoss(bert_qa(), arguments(tmp_path), **IPUS)
+    with pytest.raises(ValueError, match="the loss is computed outside of the model"):
+        evaluates.train()
     for changes, message in (
         ({"activation_checkpointing": True}, "what IPUs recompute is the plan's to say"),
         ({"bf16": True}, "IPUs have no autocast and no bfloat16"),

@@ -18,7 +18,7 @@ from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
 from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of
 from ipu_pipeline.train.trainer import PipelineTrainer
-from tests.later import every_second, in_turn
+from tests.later import in_turn, one_in
 from tests.tiny_models import TINY
 from tests.train.helpers import load_script
 from tests.train.live_programs import PROGRAMS, cross_entropy, with_loss
@@ -92,7 +92,7 @@ def flat(value: Any) -> Any:
     return [value if isinstance(value, int | float) else hash(value)]
 
 
-@pytest.mark.parametrize("name", every_second(PROGRAMS))
+@pytest.mark.parametrize("name", one_in(3, PROGRAMS))
 def test_programs(tmp_path, name) -> None:
     program = PROGRAMS[name]
     theirs = trained(program.make, Trainer, tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from ipu_pipeline.errors import StageError
 from ipu_pipeline.train import process_steps
 from tests.backends.cluster import trainer_jobs
 from tests.backends.cluster.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
@@ -83,7 +75,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     said = two.run("trainer_jobs.refused", folder=str(tmp_path / "out"))
     messages = [
-        "the loss is computed outside of the model .*, and the processes run the model alone",
+        "the loss is computed outside of the model .*, and replicas divide every microbatch",
         "Inside.on_pre_optimizer_step acts inside an optimizer step, when each process has",
         "there is no complete checkpoint of the last run",
         "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
@@ -98,16 +90,21 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
             assert re.search(message, found), found
 
 
+def test_code_around_the_model(two, tmp_path) -> None:
+    """It sees what the model returns in every process; what only one has is refused."""
+    names = ["parts_for_the_log", "learned_weights_of_the_tasks", "training_step_of_its_own"]
+    compare(two, "live", tmp_path, tolerance=1e-5, names=names)
+    refused = ["penalty_on_all_weights", "mixup_of_embeddings", "fast_gradient_method"]
+    for own in two.run("trainer_jobs.live", folder=str(tmp_path / "refused"), names=refused):
+        assert all("uses a parameter of the model or its gradient" in said for said in own), own
+
+
 @pytest.mark.acceptance
-def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+def test_copies_of_the_pipeline_share_the_batch(four, tmp_path) -> None:
     """Every process reads whole batches, or the share of its copy."""
-    four = Processes(4)
-    try:
-        for batches in ("whole", "share"):
-            (tmp_path / batches).mkdir()
-            compare(four, "copied", tmp_path / batches, batches=batches)
-    finally:
-        four.close()
+    for batches in ("whole", "share"):
+        (tmp_path / batches).mkdir()
+        compare(four, "copied", tmp_path / batches, batches=batches)
 
 
 @pytest.mark.acceptance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
+from ipu_pipeline.capture.captured import capturing
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages import captures
 from ipu_pipeline.train.optimizers import scale_gradients
@@ -233,19 +235,81 @@ def test_checkpointing_recomputes_every_block(tmp_path) -> None:
     assert executable._cache.recompute == {block.name for block in ours.plan.blocks}
 
 
-def test_noise_on_embeddings_is_drawn_in_the_stages(tmp_path) -> None:
+NOISY = {"neftune_noise_alpha": 5.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+def test_noise_on_embeddings_is_that_of_transformers_also_when_resumed(tmp_path) -> None:
+    theirs, ours = both(CLASSES, gpt2, tmp_path / "whole", copies(), NOISY)
+    quiet, _ = both(CLASSES, gpt2, tmp_path / "quiet", copies(), {"max_steps": 4})
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (theirs, quiet)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert not hasattr(ours.model.get_input_embeddings(), "neftune_noise_alpha")
+    again = PipelineTrainer(
+        gpt2(), arguments(tmp_path / "again", **NOISY), train_dataset=copies(), num_stages=2
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, value in theirs.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_on_embeddings_for_code_around_the_model(tmp_path) -> None:
+    options = {**NOISY, "label_smoothing_factor": 0.1, "activation_checkpointing": True}
+    both(CLASSES, gpt2, tmp_path, copies(), options)
+
+
+def test_noise_on_embeddings_of_another_call_is_refused(tmp_path) -> None:
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(64, 4), nn.Linear(4, 2)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids, labels=None):
+            hidden = self.embedding(input_ids[:, 1:])
+            return {"loss": self.head(hidden).pow(2).mean()}
+
     trainer = PipelineTrainer(
-        model=bert_qa(),
-        args=arguments(tmp_path, neftune_noise_alpha=5.0, max_steps=1),
-        train_dataset=marked(),
-        num_stages=2,
+        Twice(), arguments(tmp_path, neftune_noise_alpha=5.0), train_dataset=copies(), num_stages=1
     )
-    plain = PipelineTrainer(
-        model=bert_qa(), args=arguments(tmp_path, max_steps=1), train_dataset=marked()
-    )
-    noisy, quiet = (t.train().training_loss for t in (trainer, plain))
-    assert noisy != quiet
-    assert noisy == pytest.approx(quiet, rel=0.2)
+    with pytest.raises(StageError, match=r"adds noise to embeddings of shape .* this model embeds"):
+        trainer.train()
+
+
+def test_batches_that_are_too_large_are_made_smaller(tmp_path, monkeypatch) -> None:
+    """transformers halves the microbatch; ours has another plan made for it."""
+    found = []
+    for base in CLASSES:
+        model, sizes = gpt2(), []
+
+        def watched(module, args, kwargs, output, sizes=sizes):
+            if module.training and not capturing():
+                sizes.append(len(args[0]))
+                if sizes[-1] > 1:
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 GB")
+
+        model.transformer.h[1].register_forward_hook(watched, with_kwargs=True)
+        options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 2}
+        extra = {"num_stages": 2} if base is PipelineTrainer else {}
+        trainer = base(model, arguments(tmp_path, **options), train_dataset=copies(), **extra)
+        trainer.train()
+        found.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+        assert sizes[-1] == trainer._train_batch_size == trainer.state.train_batch_size == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.acceptance
+def test_blocks_are_compiled_where_transformers_compiles_the_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # accelerate's settings stand there
+    plain, compiled = (
+        PipelineTrainer(bert_qa(), arguments(tmp_path, torch_compile=c), train_dataset=marked(),
+                        num_stages=2)
+        for c in (False, True)
+    )  # fmt: skip
+    losses = [trainer.train().training_loss for trainer in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert compiled._steps.executable.options.compile_blocks
 
 
 def test_data_without_labels_and_nested_outputs(tmp_path) -> None:

@@ -20,7 +20,7 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     refuse_whole_tensors,
 )
 from ipu_pipeline.backends.cluster.inference import agreed, call_on_ranks, refuse
-from ipu_pipeline.backends.cluster.joining import Job, read_own_weights, slices_of
+from ipu_pipeline.backends.cluster.joining import Joining, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
 from ipu_pipeline.backends.cluster.row_slices import RowSlices, row_plan
@@ -78,7 +78,7 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        self._job = Job.joined(model, plan, optimizer, options, device, self._scaler)
+        self._job = Joining(model, plan, optimizer, options, device, self._scaler).join()
         self.groups, self._watchdog = self._job.groups, self._job.watchdog
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._slices, self._cuts = slices_of(model, plan, optimizer, self.groups)

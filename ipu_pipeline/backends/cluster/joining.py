@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from typing_extensions import Self
 
 from ipu_pipeline.backends.cluster.cut_plan import (
     CutPlan,
@@ -64,23 +63,32 @@ class Job:
     background: StoreGather
     owns_processes: bool
 
-    @classmethod
-    def joined(
-        cls,
-        model: nn.Module,
-        plan: Plan,
-        optimizer: torch.optim.Optimizer | None,
-        options: ExecutionOptions,
-        device: torch.device,
-        scaler: LossScaler,
-    ) -> Self:
+    def leave(self) -> None:
+        """End torch's processes, if they have met for this."""
+        if self.owns_processes and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What this process is about to run with the others."""
+
+    model: nn.Module
+    plan: Plan
+    optimizer: torch.optim.Optimizer | None
+    options: ExecutionOptions
+    device: torch.device
+    scaler: LossScaler
+
+    def join(self) -> Job:
         """Start to watch the other processes, compare what they run, and make the groups.
 
         Raises:
             LoweringError: The processes cannot run the plan, or do not agree on what to run; the
                 same on all of them.
         """
-        owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
+        plan, options = self.plan, self.options
+        owns_processes = join_processes(self.device, options.stall_timeout_s + MARGIN_S)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         name = f"ipu_pipeline/{next(_numbers)}"
         watchdog = Watchdog(
@@ -92,11 +100,10 @@ class Job:
         )
         try:
             with watchdog.guarding("comparing what the ranks run", 0):
-                own = description(model, plan, optimizer, options)
-                problem = _problem(model, plan, optimizer, options, device, scaler)
-                check_alike(own, problem, ranks)
+                own = description(self.model, plan, self.optimizer, options)
+                check_alike(own, self._problem(), ranks)
                 layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
-                groups = Groups(layout, device, ranks)
+                groups = Groups(layout, self.device, ranks)
         except BaseException as error:
             watchdog.close()
             # After other failures, threads may still be waiting in it.
@@ -108,39 +115,27 @@ class Job:
                 "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps "
                 "the optimizer state of all its parameters"
             )
-        return cls(groups, watchdog, background, owns_processes)
+        return Job(groups, watchdog, background, owns_processes)
 
-    def leave(self) -> None:
-        """End torch's processes, if they have met for this."""
-        if self.owns_processes and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _problem(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None,
-    options: ExecutionOptions,
-    device: torch.device,
-    scaler: LossScaler,
-) -> str:
-    """Return why this process cannot start, or nothing."""
-    try:
-        check(plan, options)
-        refuse_sparse_gradients(model)
-        check_model(model, optimizer)
-        scaler.check(model, master_weights=options.master_weights)
-        offloaded = offloaded_blocks(options.offload_activations, plan, device)
-        schedule = options.schedule or plan.schedule
-        layout = make_layout(plan, schedule, dist.get_rank(), dist.get_world_size())
-        cuts = cut_plan(model, plan, layout.tp)
-        if optimizer is not None:
-            refuse_whole_tensors(optimizer, cuts, master_weights=options.master_weights)
-        refuse_with_slices(options, offloaded, layout.tp)
-        refuse_with_rows(model, plan, optimizer, options, device, layout)
-    except PipelineError as error:
-        return str(error)
-    return ""
+    def _problem(self) -> str:
+        """Return why this process cannot start, or nothing."""
+        model, plan, options = self.model, self.plan, self.options
+        try:
+            check(plan, options)
+            refuse_sparse_gradients(model)
+            check_model(model, self.optimizer)
+            self.scaler.check(model, master_weights=options.master_weights)
+            offloaded = offloaded_blocks(options.offload_activations, plan, self.device)
+            schedule = options.schedule or plan.schedule
+            layout = make_layout(plan, schedule, dist.get_rank(), dist.get_world_size())
+            cuts = cut_plan(model, plan, layout.tp)
+            if self.optimizer is not None:
+                refuse_whole_tensors(self.optimizer, cuts, master_weights=options.master_weights)
+            refuse_with_slices(options, offloaded, layout.tp)
+            refuse_with_rows(model, plan, self.optimizer, options, self.device, layout)
+        except PipelineError as error:
+            return str(error)
+        return ""
 
 
 def slices_of(

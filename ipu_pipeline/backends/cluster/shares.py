@@ -25,6 +25,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, part_size, split_batch
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import Counted, LossShares
 from ipu_pipeline.stages.stage import Stage
 
@@ -73,6 +74,7 @@ class BatchShares:
         self._cutter = cutter
         self._cache = cache
         self._losses = losses
+        self._check = LossCheck(losses)
         self.apart = batches == "share" and groups.layout.num_replicas > 1
         self._probed: set[str] = set()
         self._draws = False
@@ -137,7 +139,7 @@ class BatchShares:
         terms = [own[-1].loss_terms for own in stages]
         losses, layout = self._losses, self._groups.layout
         if not (self.apart and training):
-            losses.check(cut, parts, terms, training=training)
+            self._check.check(cut, parts, terms, training=training)
             return losses.weighted(cut, parts, terms, training=training)
 
         def count() -> list[Counted]:
@@ -192,7 +194,6 @@ class BatchShares:
         self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[Any]
     ) -> CutBatch:
         """Refuse what is not the same in shares; return the share in at least two parts."""
-        losses = self._losses
         if not self._probed and (not parts or sum(p.num_samples for p in parts) < 2):
             raise LoweringError(
                 "the share of the first batch has fewer than two samples, on which could be seen "
@@ -210,6 +211,6 @@ class BatchShares:
             if probe is not cut:
                 # Known programs at other sizes name other terms than those of the share itself.
                 ready, known = replace(self._cache, self_check=False).foreseen(probe.parts)
-            if losses.check(probe, ready, known, training=True):
+            if self._check.check(probe, ready, known, training=True):
                 self._probed.add(shape)
         return probe

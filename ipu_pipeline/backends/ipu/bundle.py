@@ -38,6 +38,7 @@ RUNTIME = (
     "files.py",
     "host_draws.py",
     "host_values.py",
+    "indexing.py",
     "messages.py",
     "own_gradients.py",
     "placement.py",

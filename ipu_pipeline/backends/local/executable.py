@@ -16,7 +16,6 @@ from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
 from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
-from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
@@ -38,6 +37,7 @@ from ipu_pipeline.stages.executable import (
     join,
     mean_loss,
 )
+from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
@@ -76,7 +76,6 @@ class LocalExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         self._scaler.check(model, master_weights=options.master_weights)
         self._device = chosen_device(options.device, model)
-        self._reads_thread_locals = bool(PythonState(model.modules()).thread_locals)
         if options.device is not None:
             move(model, optimizer, self._device)
         self._cache = StageCache(
@@ -92,6 +91,7 @@ class LocalExecutable(Executable):
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
         self._shares = LossShares(model, wish, plan.granularity)
+        self._check = LossCheck(self._shares)
         self._known: dict[object, MixedSamplesError | None] = {}
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
@@ -275,7 +275,7 @@ class LocalExecutable(Executable):
             ready, terms = self._cache.foreseen(cut.parts)
             self._known[shapes] = None
             try:
-                self._shares.check(cut, ready, terms, training=training)
+                self._check.check(cut, ready, terms, training=training)
             except MixedSamplesError as error:
                 del self._known[shapes]
                 once = training and self._runs_forward_first(len(cut.parts))
@@ -304,7 +304,7 @@ class LocalExecutable(Executable):
                 for part, one in zip(rest, every[len(ready) :], strict=True)
             ]
             parts = [*ready, *rest]
-            self._shares.check(cut, parts, every, training=training)
+            self._check.check(cut, parts, every, training=training)
             return self._shares.weighted(cut, parts, every, training=training)
         except LoweringError:
             for run in (one.run for one in group if one.run is not None):
@@ -366,7 +366,10 @@ class LocalExecutable(Executable):
         """Run all microbatches, and compute the loss once on what they give."""
         shapes = True, *(described(part.inputs) for part in cut.parts)
         compared = shapes not in self._known
-        failure = error.even_once()
+        failure = MixedSamplesError(
+            error.problem,
+            "plan with microbatches=1 (it cannot be computed once for all of them, either)",
+        )
         stages, parts, whole = whole_loss(self._cache, cut, failure, compared=compared)
         schedule = self._rows(len(parts))
         step = WholeLossStep(
@@ -391,12 +394,12 @@ class LocalExecutable(Executable):
 
     def _run(self, step: Step) -> None:
         self._require_usable()
-        # Stage threads do not see the caller's thread-locals.
-        alone = self._reads_thread_locals or self.options.sequential
         # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
-        alone = alone or self.options.compile_blocks or self.plan.num_stages == 1
-        alone = alone or step.glue is not None
-        in_order = any(stage.in_order for own in step.stages for stage in own)
+        alone = self.options.sequential or self.options.compile_blocks
+        alone = alone or self.plan.num_stages == 1 or step.glue is not None
+        stages = [stage for own in step.stages for stage in own]
+        alone = alone or any(stage.thread_bound for stage in stages)
+        in_order = any(stage.in_order for stage in stages)
         try:
             with kept_modes(self.model):
                 if alone or in_order or contested(step.stages):

@@ -1,8 +1,7 @@
-"""Processes for the tests of a file: gloo, one thread each, started once."""
+"""Plans for the tests of the cluster backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,6 @@ import pytest
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from tests.backends.cluster.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    processes = Processes(4)
-    yield processes
-    processes.close()
 
 
 @pytest.fixture(scope="session")

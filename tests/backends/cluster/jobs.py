@@ -47,7 +47,7 @@ def built(
     model.to(dtype)
     planned = {"microbatches": MICROBATCHES, "num_stages": num_stages, **planned}
     size = 2 * planned["microbatches"] * replicas
-    _, batch = TINY[name].build(batch_size=size, seed=3)
+    batch = TINY[name].batch(batch_size=size, seed=3)
     with planned_once((name, dropout, dtype, *sorted(planned.items()))) as path:
         if not path.exists():
             ipp.plan(model, example, **planned).save(path)
@@ -225,7 +225,7 @@ def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any)
     """Evaluate a batch of any size; compare with the unsplit model and the local target."""
     options = {"loss_weights": None, **options}
     made, _ = compiled(name, planned=planned, learning_rate=None, **options)
-    _, batch = TINY[name].build(batch_size=samples, seed=5)
+    batch = TINY[name].batch(batch_size=samples, seed=5)
     with made:
         result = made.eval_step(batch)
     made.model.eval()

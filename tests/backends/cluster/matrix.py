@@ -121,7 +121,7 @@ class Tables:
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     def _gradients(self, running: Processes, name: str, schedule: str) -> str:
-        arguments = case(schedule, len(running.pipes))
+        arguments = case(schedule, running.world_size)
         answers = running.answers("gradients_or_refusal", name=name, **arguments)
         failed = [text for good, text in answers if not good]
         found = [value for good, value in answers if good]
@@ -136,7 +136,7 @@ class Tables:
         return f"refused [{self.refusals.index(refused) + 1}]"
 
     def _curve(self, running: Processes, name: str) -> str:
-        planned = {"num_stages": len(running.pipes)}
+        planned = {"num_stages": running.world_size}
         found = running.run("curve", name=name, planned=planned, steps=TIED_STEPS)
         worst = difference(
             found[0]["losses"][:CURVE_STEPS], local_losses(name, planned, CURVE_STEPS)

@@ -64,18 +64,24 @@ def forked(target: Callable[..., Any], *arguments: Any) -> Any:
 class Processes:
     """``world_size`` gloo processes with one thread each.
 
-    An answer may take ``answer_s`` seconds.
+    An answer may take ``answer_s`` seconds. They start with the first job, and again with the one
+    that follows a failure.
     """
 
     def __init__(self, world_size: int, *, joined: bool = True, answer_s: float = ANSWER_S) -> None:
+        self.world_size = world_size
+        self.joined = joined
         self.answer_s = answer_s
         self.muted: set[int] = set()
-        port = free_port()
+        self.failed = False
         self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(world_size):
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        port = free_port()
+        for rank in range(self.world_size):
             ours, theirs = multiprocessing.Pipe()
-            process = forked(_serve, rank, world_size, port, theirs, joined)
+            process = forked(_serve, rank, self.world_size, port, theirs, self.joined)
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -94,6 +100,11 @@ class Processes:
 
         Ranks that are ``mute`` cannot answer and are not waited for.
         """
+        if self.failed:
+            self.close()
+        if not self.processes:
+            self.start()
+        self.failed = True
         self.muted |= set(mute)
         for pipe in self.pipes:
             pipe.send((job, arguments))
@@ -107,15 +118,18 @@ class Processes:
                 found.append(pipe.recv())
             except EOFError:
                 found.append((False, "died"))
+        self.failed = not all(good for good, _ in found)
         return found
 
     def close(self) -> None:
+        """End the processes."""
         for pipe in self.pipes:
             pipe.close()
         for rank, process in enumerate(self.processes):
             if rank not in self.muted:
                 process.join(timeout=5)
             process.kill()
+        self.pipes, self.processes, self.muted, self.failed = [], [], set(), False
 
 
 def _find(job: str) -> Callable[..., Any]:

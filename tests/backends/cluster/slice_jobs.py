@@ -176,7 +176,7 @@ def adapters_from_meta(
     import peft
 
     base, example = TINY["llama"].build(device="meta")
-    _, batch = TINY["llama"].build(batch_size=8, seed=3)
+    batch = TINY["llama"].batch(batch_size=8, seed=3)
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     plan = ipp.plan(model, example, num_stages=num_stages, microbatches=4)
     own = [p for p in model.parameters() if p.requires_grad]

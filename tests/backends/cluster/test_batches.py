@@ -44,11 +44,13 @@ OPTIONS = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
     [
         ("bert-qa", "1f1b", TWO, SEVERAL, "gpipe"),
         pytest.param("gpt2-lm", "gpipe", TWO, SOME, "", marks=pytest.mark.acceptance),
-        ("bert-qa", "interleaved", FOUR, SOME, ""),
+        pytest.param("bert-qa", "interleaved", FOUR, SOME, "", marks=pytest.mark.acceptance),
         ("bert-qa", "interleaved", {**FOUR, "microbatches": 6}, [11], "looped_bfs"),
         ("gpt2-lm", "zbv", FOUR, SOME, ""),
         pytest.param("t5", "1f1b", TWO, [FULL, 5, 1], "gpipe", marks=pytest.mark.acceptance),
-        ("gpt2-lm", "interleaved_zero_bubble", FOUR, [7, 4, 1], ""),
+        pytest.param(
+            "gpt2-lm", "interleaved_zero_bubble", FOUR, [7, 4, 1], "", marks=pytest.mark.acceptance
+        ),
         ("bert-qa", "dualpipev", FOUR, [7, 3], "zbv"),
     ],
 )
@@ -157,7 +159,7 @@ def test_replicas_that_measure_differently_are_refused() -> None:
     ):
         _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
     with pytest.raises(MixedSamplesError, match="has 1 terms here and 2 there, as if it had one"):
-        _agreed_rule([Counted(1, divisors=(1.0,)), Counted(1, divisors=(1.0, 2.0))])
+        _agreed_rule([Counted(1, counts=(1.0,)), Counted(1, counts=(1.0, 2.0))])
 
 
 def assert_equal(
@@ -209,7 +211,9 @@ def test_embeddings_with_sparse_gradients_are_refused() -> None:
         refuse_sparse_gradients(model)
 
 
-@pytest.mark.parametrize(("limit", "number"), [(None, 7), (3, 4)])
+@pytest.mark.parametrize(
+    ("limit", "number"), [(None, 4), (3, 4), pytest.param(None, 7, marks=pytest.mark.acceptance)]
+)
 def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
     two: Processes, limit: int | None, number: int
 ) -> None:
@@ -224,7 +228,8 @@ def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
         assert not [text for text in rank["messages"] if "pad to fewer lengths" in text]
         if limit is None:
             # Lengths 16 and 20 in microbatches of 2, length 12 of 2 and 1: trained and evaluated.
-            assert (shapes, pipelines) == (2 * 2 + 2 * 2, 2 + 3)
+            assert shapes == 2 * 2 + 2 * 2
+            assert pipelines == 2 + 3 or number < 7  # the last ones have other microbatches
         else:
             assert all(kept[0] <= limit and kept[1] <= 3 for kept in rank["kept"])
 
@@ -235,7 +240,7 @@ def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
         pytest.param(0, "train_step", 8, 12, marks=pytest.mark.acceptance),
         (1, "train_step", 7, 16),
         pytest.param(0, "forward_backward", 8, 20, marks=pytest.mark.acceptance),
-        (1, "eval_step", 3, 8),
+        pytest.param(1, "eval_step", 3, 8, marks=pytest.mark.acceptance),
     ],
 )
 def test_a_rank_with_another_batch_is_named(

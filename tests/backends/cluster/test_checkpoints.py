@@ -56,6 +56,7 @@ def test_it_continues_at_two_by_two(four: Processes, saved: tuple[str, list[floa
     assert all(losses == pytest.approx(expected, rel=1e-5) for losses in found)
 
 
+@pytest.mark.acceptance
 def test_it_continues_in_one_process(saved: tuple[str, list[float]]) -> None:
     path, expected = saved
     one = Processes(1)

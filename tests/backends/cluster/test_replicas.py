@@ -8,7 +8,7 @@ import pytest
 
 from tests.backends.cluster import jobs, matrix
 from tests.backends.cluster.processes import Processes
-from tests.later import every_second
+from tests.later import every_second, one_in
 
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
 ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
@@ -16,7 +16,7 @@ ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
 
 @pytest.mark.parametrize(
     ("name", "schedule"),
-    every_second(product(("gpt2-lm", "lxmert-qa"), ("gpipe", "interleaved", "zbv"))),
+    one_in(6, product(("lxmert-qa", "gpt2-lm"), ("interleaved", "zbv", "gpipe"))),
 )
 def test_gradients_of_two_replicas(four: Processes, name: str, schedule: str) -> None:
     case = matrix.case(schedule, 2)

@@ -12,6 +12,7 @@ import torch
 from ipu_pipeline.planner.search import Constraints
 from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes, free_port
+from tests.later import every_second
 
 SHARDED = {"replicated_tensor_sharding": True}
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
@@ -22,12 +23,13 @@ def replicas_of(number: int, num_stages: int = 1) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[dict[int, Processes]]:
+def started(four: Processes) -> Iterator[dict[int, Processes]]:
     """Processes by how many they are, started when they are needed."""
-    running: dict[int, Processes] = {}
+    running = {4: four}
     yield running
-    for processes in running.values():
-        processes.close()
+    for number, processes in running.items():
+        if number != 4:
+            processes.close()
 
 
 def run(started: dict[int, Processes], world_size: int, job: str, **arguments: Any) -> list[Any]:
@@ -55,7 +57,7 @@ def num_trained(name: str) -> int:
         ("t5", 1, 3),
         pytest.param("bert-qa", 1, 4, marks=pytest.mark.acceptance),
         pytest.param("gpt2-lm", 2, 2, marks=pytest.mark.acceptance),
-        ("gpt2-lm", 2, 3),
+        pytest.param("gpt2-lm", 2, 3, marks=pytest.mark.acceptance),
     ],
 )
 def test_trains_as_one_process_does_with_a_share_of_the_state(
@@ -105,22 +107,22 @@ def test_two_replicas_compute_the_bits_of_undivided_state(started: dict[int, Pro
         assert divided["moments"] < 0.6 * undivided["moments"]
 
 
+@pytest.mark.parametrize("sharding", every_second([True, False]))
 def test_tied_weights_of_16_bits_rounded_at_random_stay_equal(
-    started: dict[int, Processes],
+    started: dict[int, Processes], *, sharding: bool
 ) -> None:
-    for sharding in (True, False):
-        found = run(
-            started,
-            4,
-            "curve",
-            name="gpt2-lm",
-            planned={**TWO_BY_TWO, "dtype": torch.bfloat16},
-            steps=5,
-            optimizer_class=jobs.StochasticAdamW,
-            replicated_tensor_sharding=sharding,
-        )
-        assert len({rank["own"]["transformer.wte.weight"] for rank in found}) == 1
-        assert all(rank["state"] == found[0]["state"] for rank in found)
+    found = run(
+        started,
+        4,
+        "curve",
+        name="gpt2-lm",
+        planned={**TWO_BY_TWO, "dtype": torch.bfloat16},
+        steps=5,
+        optimizer_class=jobs.StochasticAdamW,
+        replicated_tensor_sharding=sharding,
+    )
+    assert len({rank["own"]["transformer.wte.weight"] for rank in found}) == 1
+    assert all(rank["state"] == found[0]["state"] for rank in found)
 
 
 def test_every_rank_skips_a_step_that_overflowed(started: dict[int, Processes]) -> None:
@@ -143,8 +145,8 @@ def test_every_rank_skips_a_step_that_overflowed(started: dict[int, Processes]) 
 @pytest.mark.parametrize(
     "optimizer_class",
     [
-        torch.optim.SGD,
         torch.optim.Adagrad,
+        pytest.param(torch.optim.SGD, marks=pytest.mark.acceptance),
         pytest.param(torch.optim.AdamW, marks=pytest.mark.acceptance),
     ],
 )
@@ -174,46 +176,35 @@ def test_gradients_are_whole_where_they_are_asked_for(started: dict[int, Process
     assert all(rank["gradients"] and not rank["left"] for rank in found)
 
 
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.acceptance)])
 def test_checkpoints_are_those_of_undivided_state(
-    started: dict[int, Processes], tmp_path: Path
+    started: dict[int, Processes], tmp_path: Path, number: int
 ) -> None:
+    """Of the first runs in a chain, each of which goes on from the one before."""
     paths = [str(tmp_path / str(index)) for index in range(4)]
     arguments: dict[str, Any] = {"name": "gpt2-lm"}
     one = {"num_stages": 1, "microbatches": 8}
-    runs = [
-        run(
-            started, 4, "train_and_save", planned=TWO_BY_TWO, path=paths[0], **arguments, **SHARDED
-        ),
-        [jobs.train_and_save("gpt2-lm", one, paths[1], load=paths[0], target="local")],
-        run(
-            started,
-            4,
-            "train_and_save",
-            planned=replicas_of(4),
-            path=paths[2],
-            load=paths[1],
-            **arguments,
-            **SHARDED,
-        ),
-        run(
-            started,
-            4,
-            "train_and_save",
-            planned=TWO_BY_TWO,
-            path=paths[3],
-            load=paths[2],
-            **arguments,
-        ),
-    ]
-    whole = local_curve("gpt2-lm", 8, 15)
+    chain = [(TWO_BY_TWO, SHARDED), (one, {}), (replicas_of(4), SHARDED), (TWO_BY_TWO, {})]
+    runs: list[list[Any]] = []
+    for index, (planned, options) in enumerate(chain[:number]):
+        given = {**arguments, **options, "planned": planned, "path": paths[index]}
+        given["load"] = paths[index - 1] if index else ""
+        if planned is one:
+            runs.append([jobs.train_and_save(**given, target="local")])
+        else:
+            runs.append(run(started, 4, "train_and_save", **given))
+    whole = local_curve("gpt2-lm", 8, 3 * number + 3)
     for index, ranks in enumerate(runs):
         expected = [step.loss for step in whole[3 * index : 3 * index + 6]]
         for rank in ranks:
             assert rank["before"] + rank["after"] == pytest.approx(expected, rel=1e-5)
             assert rank["extra"] == ({"epoch": 1} if index else {})
-    num_states = [[rank["num_states"] for rank in ranks] for ranks in runs]
-    assert sum(num_states[0]) == sum(num_states[2]) == num_states[1][0]
-    assert sum(num_states[3]) > 2 * num_states[1][0]  # tied ones more than twice
+    first, local, *later = ([rank["num_states"] for rank in ranks] for ranks in runs)
+    assert sum(first) == local[0]
+    if later:
+        again, undivided = later
+        assert sum(again) == local[0]
+        assert sum(undivided) > 2 * local[0]  # tied ones more than twice
 
 
 def test_one_replica_has_nothing_to_divide(

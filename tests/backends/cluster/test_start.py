@@ -14,6 +14,7 @@ import pytest
 
 from ipu_pipeline.backends.cluster.launch.torchrun import _own_folder
 from tests.backends.cluster.jobs import compiled
+from tests.backends.cluster.listening import LOOPBACK, TABLES
 from tests.backends.cluster.processes import ROOT, forked, launch
 
 # Waits for nobody: rank 0 is ended by the launcher when rank 1 fails.
@@ -173,10 +174,11 @@ def test_signals_end_the_ranks(
 
 
 TRAINS = """
-import os, torch
+import os, pathlib, sys, torch
 print("threads", torch.get_num_threads())
 import ipu_pipeline as ipp
 from tests.backends.cluster.jobs import built
+from tests.backends.cluster.listening import listening
 
 plan = ipp.Plan.load(os.environ["IPU_PIPELINE_PLAN"])
 model, _, batch = built("bert-qa", num_stages=2)
@@ -185,16 +187,21 @@ with ipp.compile(
     model, plan, target=os.environ["IPU_PIPELINE_TARGET"], optimizer=optimizer, self_check=False
 ) as made:
     print(*(made.train_step(batch).loss for _ in range(2)))
+    addresses = listening([os.getpid(), os.getppid()])
+pathlib.Path(sys.argv[1], "addresses-" + os.environ["RANK"]).write_text(" ".join(addresses))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> None:
+def test_two_processes_train_as_one_does_and_listen_on_loopback_only(
+    tmp_path: Path, plan_file: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(TRAINS)
+    command = [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--threads", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--threads", "2", "--", script],
+        [*command, "--", script, tmp_path],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -210,6 +217,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> Non
         expected = [made.train_step(batch).loss for _ in range(2)]
     assert [float(loss) for loss in losses.split()] == pytest.approx(expected, abs=1e-6)
     assert threads == "threads 2"
+    for rank in range(2):
+        addresses = set((tmp_path / f"addresses-{rank}").read_text().split())
+        assert addresses or not any(map(Path.exists, TABLES))  # only Linux tells
+        assert addresses <= LOOPBACK
 
 
 def test_what_a_killed_launch_has_left_is_removed_by_the_next(

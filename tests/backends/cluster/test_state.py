@@ -62,7 +62,7 @@ def test_a_full_disk_is_reported_by_every_rank(two: Processes, tmp_path: Path) -
     [
         ("bert-qa", TWO, "1f1b"),
         pytest.param("lxmert-qa", FOUR, "zbv", marks=pytest.mark.acceptance),
-        ("t5", FOUR, "interleaved"),
+        pytest.param("t5", FOUR, "interleaved", marks=pytest.mark.acceptance),
     ],
 )
 @pytest.mark.parametrize("samples", every_second([5, 8]))

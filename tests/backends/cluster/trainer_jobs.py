@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.train import PipelineTrainer, TrainingArguments
 from tests.backends.cluster.jobs import built
 from tests.tiny_models import TINY
@@ -272,7 +273,7 @@ def sliced(folder: str, stages: int) -> dict[str, Any]:
     """
     several = dist.is_initialized()
     number = stages if several else 2
-    rows = [{n: v[0].tolist() for n, v in TINY["llama"].build(batch_size=1, seed=i)[1].items()}
+    rows = [{n: v[0].tolist() for n, v in TINY["llama"].batch(batch_size=1, seed=i).items()}
             for i in range(14)]  # fmt: skip
     _, plan, _ = built("llama", num_stages=number, microbatches=2, tp=2 if several else 1)
 
@@ -319,7 +320,8 @@ def refused(folder: str) -> list[str]:
             trainer().train(**options)
         found.append(str(caught.value))
 
-    says(ValueError, lambda: made(folder, label_smoothing_factor=0.1))
+    smoothed = {"label_smoothing_factor": 0.1, "replicas": 2}
+    says(ValueError, lambda: made(folder, more={"num_stages": 1}, **smoothed))
     # A callback of one process is refused in all.
     callbacks = [Inside()] if rank == 1 else []
     says(ValueError, lambda: made(folder, more={"callbacks": callbacks}))
@@ -373,3 +375,29 @@ def broken(folder: str) -> str:
     with pytest.raises(Exception, match="disk") as caught:
         trainer.train()
     return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def by_trl(folder: str, name: str) -> dict[str, Any]:
+    """Train with one of TRL's trainers."""
+    from tests.train.trl_programs import trained
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trained(name, folder)
+
+
+def live(folder: str, names: list[str]) -> list[Any]:
+    """Train with code around the model; return what is logged and kept, or said of it."""
+    from tests.train.live_programs import PROGRAMS
+    from tests.train.test_live_loss import flat, logged, trained
+
+    found: list[Any] = []
+    for name in names:
+        try:
+            trainer = trained(PROGRAMS[name].make, PipelineTrainer, Path(folder) / name)
+        except CaptureError as error:
+            found.append(str(error))
+        else:
+            order = trainer._steps.training_order.ahead
+            found.append([logged(trainer), flat(trainer.seen), weights(trainer), order])
+    return found

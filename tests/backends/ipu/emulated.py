@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
-from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
 from tests.tiny_models import HIDDEN, TINY, VOCAB, TinyModel
 
@@ -172,7 +171,7 @@ class Case:
     def batch(self, seed: int = 1, copies: int | None = None) -> Batch:
         """Return ``copies`` microbatches whose samples differ."""
         count = 2 * (copies or self.copies)
-        return _build(self.name, self.changes, count, seed)[1]
+        return _tiny(self.name, self.changes).batch(batch_size=count, seed=seed)
 
     def compile(self, make: MakeOptimizer | None = sgd, **options: Any) -> PopTorchExecutable:
         """Compile the model for the stand-in, which must be installed."""
@@ -207,15 +206,12 @@ def case(
 ) -> Case:
     """Build a tiny model and plan it for IPUs."""
     settings: dict[str, Any] = {"gradient_accumulation_steps": 4, "output_mode": "all", **config}
-    model, example = _build(name, changes or {}, 2, 0)
+    model, example = _tiny(name, changes or {}).build()
     return Case(name, model, example, IPUConfig(layers_per_ipu=layers, **settings), changes or {})
 
 
-def _build(name: str, changes: dict[str, Any], count: int, seed: int) -> tuple[nn.Module, Batch]:
-    tiny = ALL[name]
-    return from_config(
-        tiny.config(**changes), tiny.task, batch_size=count, seq_length=16, device="cpu", seed=seed
-    )
+def _tiny(name: str, changes: dict[str, Any]) -> TinyModel:
+    return replace(ALL[name], options={**ALL[name].options, **changes})
 
 
 def sessions_of(device: PopTorchExecutable) -> Any:

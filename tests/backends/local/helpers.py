@@ -30,7 +30,7 @@ def compiled(
 ) -> tuple[LocalExecutable, dict[str, Tensor]]:
     """Return an executable and a batch of ``2 * microbatches`` samples."""
     model, _ = TINY["bert-qa"].build(dropout=dropout)
-    _, batch = TINY["bert-qa"].build(batch_size=2 * microbatches, seed=3)
+    batch = TINY["bert-qa"].batch(batch_size=2 * microbatches, seed=3)
     # How losses weigh is measured at the first step, which takes longest: other files ask that.
     options = {"loss_weights": "samples", **options}
     plan = planned("bert-qa", dropout=dropout, num_stages=num_stages, microbatches=microbatches)

@@ -58,6 +58,10 @@ def per_label(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels.clamp(0), reduction="none").view_as(labels)
 
 
+def per_label_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="sum")
+
+
 def token_mean(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels)
 
@@ -297,6 +301,78 @@ def test_a_microbatch_without_labels_counts_nothing(loss: Callable[..., Tensor])
     batch["labels"][:2] = IGNORED
     with ipp.compile(model, planned(model, batch, 4)) as executable:
         check(model, batch, executable)
+
+
+def at_least_one(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    counted = (labels != IGNORED).sum()
+    return per_label_sum(logits, labels) / torch.maximum(counted, torch.tensor(1))
+
+
+def one_where_none(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    counted = (labels != IGNORED).sum()
+    return per_label_sum(logits, labels) / torch.where(counted > 0, counted, 1)
+
+
+def square_root(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return per_label_sum(logits, labels) / (labels != IGNORED).sum().clamp(min=1).sqrt()
+
+
+def bounded_mean(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    mask = (labels != IGNORED).float()
+    return (per_label(logits, labels) * mask).mean() / mask.mean().clamp(min=0.4)
+
+
+@pytest.mark.parametrize("loss", [at_least_one, one_where_none, square_root, bounded_mean])
+def test_a_divisor_is_computed_from_the_count_of_the_batch(loss: Callable[..., Tensor]):
+    """Also of batches with fewer labels than the first: one in a microbatch, or none."""
+    model, batch = Model(loss), uneven_batch()
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        for rows in (slice(0, 0), slice(0, 2), slice(2, 7)):
+            labels = batch["labels"].clone()
+            labels[rows] = IGNORED
+            check(model, {**batch, "labels": labels}, executable)
+
+
+@pytest.mark.parametrize("labelled", [(1, 1), (1, 0)])
+def test_a_first_batch_with_few_labels_tells_a_mean_from_a_sum(labelled: tuple[int, ...]):
+    model, batch = Model(own_mask), uneven_batch()
+    batch["labels"][:2] = IGNORED
+    for row, number in enumerate(labelled):
+        batch["labels"][row, :number] = batch["ids"][row, :number]
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+
+
+def test_a_count_that_python_may_have_raised_is_compared_every_time():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        return per_label_sum(logits, labels) / max(1, int((labels != IGNORED).sum()))
+
+    def two_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        return loss(model, logits, labels) + logits.square().mean()
+
+    batch = uneven_batch()
+    none = batch["labels"].clone()
+    none[:2] = IGNORED
+    for function, message in ((loss, "as the weighted sum"), (two_terms, "may have raised it to")):
+        model = Model(function)
+        with ipp.compile(model, planned(model, batch, 4)) as executable:
+            check(model, batch, executable)
+            with pytest.raises(MixedSamplesError, match=message):
+                executable.forward_backward({**batch, "labels": none})
+
+
+def test_what_divides_some_microbatches_only_is_refused():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        counted = (labels != IGNORED).sum().float()
+        return per_label_sum(logits, labels) / max(counted, torch.tensor(1.0))
+
+    model, batch = Model(loss), uneven_batch()
+    none = batch["labels"].clone()
+    none[:2] = IGNORED
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+        with pytest.raises(MixedSamplesError, match="is known for some microbatches only"):
+            executable.forward_backward({**batch, "labels": none})
 
 
 def test_means_over_different_labels_have_weights_of_their_own():

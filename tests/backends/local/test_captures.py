@@ -41,7 +41,7 @@ def test_the_oldest_shapes_are_forgotten(caplog: pytest.LogCaptureFixture) -> No
         max_shapes=2,
         on_drop=dropped.append,
     )
-    batches = [TINY["bert-qa"].build(seq_length=length)[1] for length in (8, 12, 16)]
+    batches = [TINY["bert-qa"].batch(seq_length=length) for length in (8, 12, 16)]
     parts = [Microbatch(0, batch, 2, 1.0) for batch in batches]
     short, middle, long = (cache.prepare([part])[0][0] for part in parts)
     assert dropped == [short]
@@ -57,11 +57,11 @@ def test_a_program_lives_as_long_as_one_of_its_sizes(caplog: pytest.LogCaptureFi
         cache = executable._cache
         cache._shapes.limit = 2
         for length in (8, 12, 16, 8):
-            executable.train_step(TINY["bert-qa"].build(batch_size=8, seq_length=length)[1])
+            executable.train_step(TINY["bert-qa"].batch(batch_size=8, seq_length=length))
         assert (len(cache._shapes), len(cache._programs()), cache.captures) == (2, 1, 1)
         for length in (8, 12):
-            executable.eval_step(TINY["bert-qa"].build(batch_size=8, seq_length=length)[1])
-        executable.train_step(TINY["bert-qa"].build(batch_size=8, seq_length=20)[1])
+            executable.eval_step(TINY["bert-qa"].batch(batch_size=8, seq_length=length))
+        executable.train_step(TINY["bert-qa"].batch(batch_size=8, seq_length=20))
         assert (len(cache._shapes), len(cache._programs()), cache.captures) == (2, 2, 2)
     assert not said(caplog)
 
@@ -74,7 +74,7 @@ def test_an_executable_keeps_so_many_shapes_and_says_when_it_forgets(
     with executable, caplog.at_level(logging.WARNING, logger="ipu_pipeline"):
         executable._cache._shapes.limit = 2
         for length in (8, 12, 16, 8):
-            _, batch = TINY["bert-qa"].build(batch_size=8, seq_length=length)
+            batch = TINY["bert-qa"].batch(batch_size=8, seq_length=length)
             executable.train_step(batch)
         assert len(executable._cache._shapes) == 2
     assert MAX_SHAPES == 16

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 import ipu_pipeline as ipp
 from tests.backends.local.helpers import assert_equals_eager, planned
-from tests.later import in_turn
+from tests.later import in_turn, now
 from tests.tiny_models import TINY
 
 MICROBATCHES = 4
@@ -16,7 +18,7 @@ STEPS = 4
 
 
 def large_batch(name: str) -> dict[str, Tensor]:
-    return TINY[name].build(batch_size=2 * MICROBATCHES, seed=3)[1]
+    return TINY[name].batch(batch_size=2 * MICROBATCHES, seed=3)
 
 
 # Each architecture once, each way several times.
@@ -33,15 +35,16 @@ def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedul
     assert_equals_eager(model, plan, large_batch(name))
 
 
-# The other models' curves are tried by make test-acceptance.
-QUICK = ("gpt2-lm",)
+WAYS = (*product((2, 4), ("1f1b", "gpipe")),)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.acceptance) for n in TINY],
+    ("name", "ways"),
+    now([("gpt2-lm", WAYS[::3])], [("gpt2-lm", WAYS[::3]), *product(TINY, [WAYS])]),
 )
-def test_loss_curves_with_dropout_do_not_depend_on_the_split(name: str) -> None:
+def test_loss_curves_with_dropout_do_not_depend_on_the_split(
+    name: str, ways: tuple[tuple[int, str], ...]
+) -> None:
     batch = large_batch(name)
 
     def curve(num_stages: int, schedule: str, *, sequential: bool = False) -> list[float]:
@@ -60,15 +63,14 @@ def test_loss_curves_with_dropout_do_not_depend_on_the_split(name: str) -> None:
 
     reference = curve(1, "1f1b")
     assert reference[-1] < reference[0]
-    for num_stages in (2, 4):
-        for schedule in ("1f1b", "gpipe"):
-            assert curve(num_stages, schedule) == pytest.approx(reference, rel=1e-5)
+    for num_stages, schedule in ways:
+        assert curve(num_stages, schedule) == pytest.approx(reference, rel=1e-5)
     assert curve(2, "1f1b", sequential=True) == pytest.approx(reference, rel=1e-5)
 
 
 def test_every_schedule_gives_the_same_losses() -> None:
-    model, example = TINY["t5"].build(dropout=True)
-    batches = [TINY["t5"].build(batch_size=samples, seed=3)[1] for samples in (12, 5)]
+    model, example = TINY["gpt2-lm"].build(dropout=True)
+    batches = [TINY["gpt2-lm"].batch(batch_size=samples, seed=3) for samples in (12, 5)]
     plan = ipp.plan(model, example, num_stages=3, microbatches=6)
     losses = {}
     for name in ("1f1b", "gpipe", "interleaved", "popart"):

@@ -124,7 +124,7 @@ def test_recomputed_blocks_give_the_same_losses_with_dropout() -> None:
     curves = []
     for recompute in ("never", "always"):
         model, example = TINY["bert-qa"].build(dropout=True)
-        _, batch = TINY["bert-qa"].build(batch_size=8, seed=3)
+        batch = TINY["bert-qa"].batch(batch_size=8, seed=3)
         limits = ipp.Constraints(recompute=recompute)
         plan = ipp.plan(model, example, num_stages=2, microbatches=4, constraints=limits)
         assert bool(plan.stages[0].recompute) == (recompute == "always")

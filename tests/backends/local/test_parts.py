@@ -19,7 +19,7 @@ def test_parts_of_several_shapes_and_any_weights() -> None:
     executable, _ = compiled(dropout=False, learning_rate=None)
     model = executable.model
     parts = [
-        TINY["bert-qa"].build(batch_size=size, seq_length=length, seed=size)[1]
+        TINY["bert-qa"].batch(batch_size=size, seq_length=length, seed=size)
         for size, length in ((2, 16), (1, 12), (3, 8))
     ]
     weights = [0.5, 2.0, 1.0]
@@ -91,7 +91,7 @@ def test_a_plan_made_with_labels_serves_inference_too() -> None:
 def test_a_plan_made_without_labels_trains_in_its_stages_too() -> None:
     model, batch = without_labels()
     plan = ipp.plan(model, batch, num_stages=2)
-    _, labelled = TINY["bert-qa"].build()
+    labelled = TINY["bert-qa"].batch()
     with ipp.compile(model, plan) as executable:
         loss = executable.forward_backward(labelled)
     assert loss == pytest.approx(model(**labelled).loss.item())

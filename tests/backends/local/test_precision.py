@@ -27,7 +27,7 @@ def scaler() -> torch.amp.GradScaler:
 
 
 def batches(name: str) -> list[Mapping[str, Any]]:
-    return [TINY[name].build(batch_size=2 * MICROBATCHES, seed=seed)[1] for seed in range(STEPS)]
+    return [TINY[name].batch(batch_size=2 * MICROBATCHES, seed=seed) for seed in range(STEPS)]
 
 
 def compiled(name: str, stages: int, dtype: torch.dtype | None = None, **options: Any) -> Any:

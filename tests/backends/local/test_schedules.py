@@ -22,7 +22,7 @@ MICROBATCHES = 8
 @cache
 def gradients(schedule: str, num_stages: int) -> tuple[ipp.Plan, float, dict[str, torch.Tensor]]:
     model, example = TINY["bert-qa"].build()
-    _, batch = TINY["bert-qa"].build(batch_size=2 * MICROBATCHES, seed=3)
+    batch = TINY["bert-qa"].batch(batch_size=2 * MICROBATCHES, seed=3)
     plan = ipp.plan(
         model, example, num_stages=num_stages, microbatches=MICROBATCHES, schedule=schedule
     )
@@ -67,7 +67,7 @@ def test_a_schedule_from_outside(tmp_path) -> None:
 def test_another_schedule_than_planned_places_the_stages_itself() -> None:
     model, example = TINY["bert-qa"].build()
     plan = ipp.plan(model, example, num_stages=4, microbatches=4)
-    _, batch = TINY["bert-qa"].build(batch_size=8, seed=3)
+    batch = TINY["bert-qa"].batch(batch_size=8, seed=3)
     with ipp.compile(model, plan, schedule="zbv") as executable:
         assert executable.forward_backward(batch) > 0
     with pytest.raises(LoweringError, match="zbv runs exactly 2 stages per device"):

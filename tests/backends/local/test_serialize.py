@@ -45,7 +45,7 @@ RUNS = ((1, "gpipe"), (2, "1f1b"), (4, "1f1b"))
 
 @pytest.mark.parametrize(
     ("name", "num_stages", "schedule"),
-    [(name, *RUNS[turn % 3]) for turn, name in enumerate(MODELS)],
+    every_second((name, *RUNS[turn % 3]) for turn, name in enumerate(MODELS)),
 )
 def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedule: str) -> None:
     model, batch, plan = plan_for(name, num_stages, schedule=schedule)
@@ -69,7 +69,7 @@ def test_kernels_schedules_and_threads(
     if kernels and not extension.state().usable:
         pytest.skip(extension.state().detail)
     monkeypatch.setattr(extension, "available", lambda: kernels)
-    model, batch, plan = plan_for("t5 (tied)", 3, schedule=schedule)
+    model, batch, plan = plan_for("gpt2 (tied)", 3, schedule=schedule)
     expected_loss, expected = eager(model, batch)
     runs = []
     with ipp.compile(model, plan, self_check=False, sequential=sequential) as executable:
@@ -149,7 +149,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("name", "schedule"), one_in(3, product(MODELS, ("1f1b", "gpipe"))))
+@pytest.mark.parametrize(("name", "schedule"), one_in(8, product(MODELS, ("1f1b", "gpipe"))))
 def test_full_logits_never_exist_in_training(name: str, schedule: str) -> None:
     """16 x 2 tokens and 990 classes: nothing else of these models is as large as the logits."""
     model, example, batch, blocks = built(name, vocab_size=10 * VOCAB, **NARROW[name])

@@ -11,14 +11,12 @@ The functions of torch that need more than that have rules in :mod:`rewrites`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import sys
-from typing import Any, Callable, FrozenSet, Iterator, Mapping, Optional
+from typing import Any, Callable, FrozenSet, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.overrides import TorchFunctionMode
 
 from .host_draws import HostDraws
 from .host_values import HostValues, map_leaves, node, on_host, tensors_of
@@ -61,50 +59,6 @@ _SHAPES_KNOWN_THERE: Mapping[str, Callable[[Tensor], Any]] = {
     "ctc_loss": lambda _: (),
 }
 ACCEPTED = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point")
-
-
-@contextlib.contextmanager
-def indexing_seen() -> Iterator[None]:
-    """While it lasts, modes see ``x[index]`` and ``x[index] = y``; those of torch 2.0 see few."""
-    names = ("__getitem__", "__setitem__")
-    if any(name in vars(Tensor) for name in names) or _modes_see_indexing():
-        yield
-        return
-    for name in names:
-        setattr(Tensor, name, _seen(getattr(Tensor, name)))
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(Tensor, name)
-
-
-def _seen(own: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def method(x: Tensor, *args: Any) -> Any:
-        if not torch._C._is_torch_function_mode_enabled():
-            return own(x, *args)
-        return handle_torch_function(own, (x,), x, *args)
-
-    return method
-
-
-@functools.lru_cache(maxsize=None)
-def _modes_see_indexing() -> bool:
-    found = []
-
-    class Probe(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            found.append(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
-    vector, number = (on_host(torch.zeros, (size,), {"device": "cpu"}) for size in ((1,), ()))
-    with Probe():
-        vector[0]
-        vector[0] = number
-    return found == ["__getitem__", "__setitem__"]
 
 
 class _Facts:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .host_draws import PREFIX, HostDraws
 from .host_values import HostValues, map_leaves, tensors_of
+from .indexing import indexing_seen
 from .own_gradients import gradients_checked
-from .program_mode import ProgramMode, indexing_seen
+from .program_mode import ProgramMode
 from .rewrites import RULES
 from .static_errors import StaticGraphError
 

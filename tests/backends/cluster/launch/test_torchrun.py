@@ -29,12 +29,10 @@ with made:
 """
 
 
-# That one ends well is also seen by test_two_processes_train_as_one_does, and a rank that raises
-# by test_failures.py and test_start.py.
-@pytest.mark.parametrize(
-    "how",
-    ["hangs", *(pytest.param(how, marks=pytest.mark.acceptance) for how in ("ends", "fails"))],
-)
+# Our own launcher, which starts torchrun, is tested by test_start.py, and what ranks say that hang
+# or fail by test_failures.py.
+@pytest.mark.acceptance
+@pytest.mark.parametrize("how", ["ends", "fails", "hangs"])
 def test_a_script(tmp_path: Path, how: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -1,0 +1,42 @@
+"""TRL's trainers over a pipeline: ``class X(PipelineMixin, SFTTrainer)``, equal to TRL's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.backends.cluster.processes import Processes
+from tests.later import one_in
+from tests.train.test_process_steps import assert_equal
+from tests.train.trl_programs import FORMS, trained
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'ipu-pipeline[dev]'")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("name", one_in(8, FORMS))
+def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
+    theirs = trained(name, str(tmp_path / "theirs"), pipeline=False)
+    ours = trained(name, str(tmp_path / "ours"))
+    assert_equal(ours, theirs, 1e-5)
+    losses = [[e["loss"] for e in run["history"] if "loss" in e] for run in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("text", "reference"),
+        ("prompt_completion", "packing", "dft", "without_adapters", "precomputed", "reward"),
+    ],
+)
+def test_in_two_processes(tmp_path, names) -> None:
+    processes = Processes(2)
+    try:
+        for name in names:
+            theirs = trained(name, str(tmp_path / f"{name}-theirs"), pipeline=False)
+            found = processes.run("trainer_jobs.by_trl", name=name, folder=str(tmp_path / name))
+            for ours in found:
+                assert_equal(ours, theirs, 1e-5)
+    finally:
+        processes.close()
