@@ -1,7 +1,8 @@
-# Everything runs in .venv, which is made on first use from any Python 3.10 or newer.
-# No target needs to be run before another one.
+# Everything runs in .venv, which is made on first use from any Python 3.10 or newer; with
+# PYTHON=... on the command line in .venv-X.Y of that Python. No target needs another one before it.
 
-VENV := .venv
+VENV := .venv$(if $(filter command% environment%,$(origin PYTHON)),-$(shell \
+  $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTERRUPTED := $(VENV)/.installing
@@ -26,6 +27,9 @@ PYTHON38 ?= $(shell for name in $(HOME)/.pyenv/versions/3.8.*/bin/python python3
 SDK_TESTS := $(filter-out %/test_bert.py,$(wildcard tests/tools/emulator/test_*.py)) \
   $(addprefix tests/backends/ipu/runtime/test_,checks.py messages.py rewrites.py host_draws.py)
 WORKERS ?= 2
+# The site has an environment of its own: mkdocs knows neither torch nor us.
+DOCS := .venv-docs
+VERSIONS := 3.10 3.11 3.12 3.13
 DEMO_DATA := out/demo_data
 DEMO_OUT := out/demo
 DEMO_STAGES := 2
@@ -46,7 +50,7 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume demo-vqa test test-acceptance test-gpu test-sdk .test-sdk check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test test-acceptance test-pythons test-gpu test-sdk .test-sdk docs check format bench coverage wheel test-wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,6 +73,9 @@ test: $(KERNELS) ## run the tests
 test-acceptance: $(KERNELS) ## run the longest tests: kill drills, ...
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m acceptance
 
+test-pythons: ## run the tests under every Python from 3.10 to 3.13 that is found
+	@.ci/pythons $(VERSIONS)
+
 test-gpu: $(KERNELS) ## run what needs a GPU; all of it is skipped where torch sees none
 	@$(BIN)/python -m pytest -q -n 0 -m gpu
 
@@ -82,6 +89,11 @@ test-sdk: $(KERNELS) ## run the stand-in, a bundle's runtime and the worker unde
 	  -q -p no:cacheprovider -c /dev/null --rootdir=. --confcutdir=tests/tools/emulator $(SDK_TESTS)
 	@IPU_PIPELINE_SDK_PYTHON="$(abspath $(SDK)/bin/python) --emulate" \
 	  $(BIN)/python -m pytest -q -n 0 tests/backends/ipu/test_sdk.py
+
+docs: $(STAMP) $(DOCS)/.installed ## build the site into out/site, warnings as errors
+	@$(BIN)/python -m tools.docs build/docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "docs: out/site/index.html (with search: python -m http.server -d out/site)"
 
 check: $(STAMP) ## lint, format, types, import layers
 	@echo "ruff check"   && $(BIN)/ruff check --quiet .
@@ -106,8 +118,11 @@ wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at al
 	@IPU_PIPELINE_KERNELS=require $(PIP) wheel --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
 
+test-wheel: ## install the wheel into empty environments, without a compiler, and use it
+	@.ci/wheel $(foreach version,$(VERSIONS),$(shell .ci/python-of $(version)))
+
 clean: ## remove the environment, caches and outputs
-	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	@rm -rf $(VENV) $(DOCS) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache .benchmarks ipu_pipeline.egg-info ipu_pipeline/ops/_kernels.*
 	@find ipu_pipeline tests examples tools -name __pycache__ -prune -exec rm -rf {} +
 
@@ -136,6 +151,12 @@ $(SDK)/.installed: tools/emulator/requirements-sdk.txt
 	@echo "environment: creating $(SDK) with $(PYTHON38), about 4 GB"
 	@$(PYTHON38) -m venv --clear $(SDK)
 	@$(SDK)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	@touch $@
+
+$(DOCS)/.installed: docs/requirements.txt $(STAMP)
+	@echo "environment: creating $(DOCS)"
+	@$(BIN)/python -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
 	@touch $@
 
 # Apart from the environment, so that a change in C++ compiles only what changed. What cannot be

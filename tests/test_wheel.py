@@ -76,7 +76,14 @@ def test_wheel_has_the_kernels_and_runs_them(root: Path, tmp_path: Path) -> None
 
 
 def test_source_distribution_can_compile(root: Path, tmp_path: Path) -> None:
-    for name in (*SETUP, "pyproject.toml", "README.md", "MANIFEST.in", "constraints.txt"):
+    for name in (
+        *SETUP,
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "constraints.txt",
+    ):
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, tmp_path / name)
     (tmp_path / "ipu_pipeline").mkdir()
@@ -178,7 +185,7 @@ def test_compiler_error_is_quoted(copy: Path) -> None:
 
 
 def test_an_editable_install_is_a_path_that_type_checkers_follow(copy: Path, root: Path) -> None:
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, copy / name)
     (copy / "ipu_pipeline" / "ops").mkdir(parents=True)
     for name in ("__init__.py", "py.typed", "ops/__init__.py"):

@@ -37,6 +37,12 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f}"
 
 
+def about_megabytes(num_bytes: float) -> str:
+    """Format bytes as megabytes with four digits, more where there are more before the point."""
+    size = max(0.0, num_bytes) / 1e6
+    return f"{size:.4g}" if size < 10_000 else f"{size:.0f}"
+
+
 @dataclass(frozen=True)
 class MemoryUnit:
     """What bytes are shown in.

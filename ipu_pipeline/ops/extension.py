@@ -5,7 +5,9 @@ optional: an operation asks :func:`available` and takes its plain-torch path whe
 no. The first such question warns, once per process.
 
 ``IPU_PIPELINE_KERNELS`` in the environment: ``off`` switches the library off, ``require`` makes
-its absence an error, any other value is the path of another build of it.
+its absence an error, any other value is the path of another build of it. The loops are those of
+the widest instruction set that the processor has; ``IPU_PIPELINE_ISA`` asks for ``baseline``,
+``avx2`` or ``avx512``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ LIBRARY = Path(__file__).with_name("_kernels.so")
 # setup.py leaves the reason here when it could not build the library.
 BUILD_NOTE = Path(__file__).with_name("_kernels.txt")
 SWITCH = "IPU_PIPELINE_KERNELS"
+ISA_SWITCH = "IPU_PIPELINE_ISA"
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 NAMESPACE = "ipu_pipeline"
 # kernels/torch/library.cpp puts these words into the library.
 _MARK = re.compile(rb"ipu_pipeline kernels for torch ([0-9.]+)")
@@ -60,6 +64,10 @@ def state() -> ExtensionState:
     wish = os.environ.get(SWITCH, "")
     if wish == "off":
         return ExtensionState(usable=False, detail=f"switched off by {SWITCH}=off")
+    asked = os.environ.get(ISA_SWITCH, "")
+    if asked not in ("", *INSTRUCTION_SETS):
+        detail = f"{ISA_SWITCH}={asked} is unknown; use one of {', '.join(INSTRUCTION_SETS)}"
+        return ExtensionState(usable=False, detail=detail)
     library = LIBRARY if wish in ("", "require") else Path(wish)
     if not library.is_file():
         return ExtensionState(usable=False, detail=_why_missing(library))
@@ -125,6 +133,13 @@ def _load(library: Path, built_for: str) -> ExtensionState:
         detail = f"{library} does not load ({error}): {_BUILD_AGAIN}"
         return ExtensionState(usable=False, detail=detail, built_for=built_for)
     _, instruction_set, threads = str(torch.ops.ipu_pipeline.build_info()).split("; ")
+    asked = os.environ.get(ISA_SWITCH, "")
+    if asked not in ("", instruction_set):
+        detail = (
+            f"{ISA_SWITCH}={asked}, and the library runs {instruction_set} on this processor; "
+            f"ask for that, or do not set {ISA_SWITCH}"
+        )
+        return ExtensionState(usable=False, detail=detail, built_for=built_for)
     return ExtensionState(
         usable=True,
         detail=str(library),

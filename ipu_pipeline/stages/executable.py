@@ -25,6 +25,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.kv_cache import kv_cache_bytes
 from ipu_pipeline.stages.loss_shares import LossWeights
 from ipu_pipeline.stages.training import LossScaler
 
@@ -370,6 +371,12 @@ class Executable(ABC):
             StageError: A process failed.
         """
         return self._call_model("forward", [(args, kwargs)])[0]
+
+    def kv_cache_bytes(
+        self, batch_size: int, length: int, encoder_length: int = 0
+    ) -> tuple[int, ...]:
+        """Return the predicted bytes of every stage's KV cache; see :mod:`.kv_cache`."""
+        return kv_cache_bytes(self.model, self.plan, batch_size, length, encoder_length)
 
     def _call_model(
         self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]

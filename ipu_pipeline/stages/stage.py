@@ -189,6 +189,7 @@ class Stage:
         late.spread.combine(parts)
         self.block = LOSS
         self._run(self.programs[-1], late.values, late.key, late.blocks)
+        late.spread.free()
         self.block = ""
         own = self.programs[-1].outputs
         return {n: late.values[v] for n, v in self.results.items() if v in own}

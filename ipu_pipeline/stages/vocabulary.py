@@ -294,6 +294,10 @@ class SpreadLoss:
         """Take the parts of all stages, for a run of the loss that counts."""
         self._parts, self._asked, self.given_back = parts, 0, [{} for _ in self.queries]
 
+    def free(self) -> None:
+        """Forget the parts; what the loss gives back is kept."""
+        self._parts = {}
+
     def softmax(
         self, logits: DeferredLogits, target_N: Tensor | None, summed_V: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,8 +343,10 @@ class SpreadLoss:
         loss_N = weight_N * (lse_N - logit_N)
         if label_smoothing:
             assert summed_V is not None
-            all_N = counts * (summed_V.to(lse_N.dtype).sum() * lse_N - total_N)
+            all_N = summed_V.to(lse_N.dtype).sum() * lse_N - total_N
             loss_N = (1 - label_smoothing) * loss_N + label_smoothing / self.table.size * all_N
+        # Ignored tokens have no gradient, also where no other token counts and the mean is 0 / 0.
+        loss_N = torch.where(counts, loss_N, 0.0)
         if reduction == "none":
             return loss_N
         return loss_N.sum() if reduction == "sum" else loss_N.sum() / weight_N.sum()

@@ -1,6 +1,9 @@
-// Find the widest instruction set that this machine has.
+// Find the widest instruction set that this machine has, or a narrower one that was asked for.
 
 #include "simd/isa.h"
+
+#include <cstdlib>
+#include <string_view>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -22,8 +25,14 @@ bool has_f16c() {
 
 Isa isa() {
   static const Isa found = [] {
+    // Its values are checked where the library is loaded: ipu_pipeline/ops/extension.py.
+    const char* wish = std::getenv("IPU_PIPELINE_ISA");
+    const std::string_view most = wish == nullptr ? "" : wish;
+    if (most == "baseline") {
+      return Isa::baseline;
+    }
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       return Isa::avx512;
     }

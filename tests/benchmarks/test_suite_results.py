@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON to rows, tables, the README; and comparing."""
+"""From pytest-benchmark's JSON to rows, tables, a page of the site; and comparing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import readme, run
+from benchmarks import numbers_page, run
 from benchmarks.results import (
     ResultsError,
     Row,
@@ -149,26 +149,28 @@ def results(rows, tmp_path) -> Path:
 
 
 def test_the_section_is_written_between_the_marks(results) -> None:
-    path = results / "README.md"
-    path.write_text(f"top\n{readme.BEGIN}\nold\n{readme.END}\nbottom\n", encoding="utf-8")
-    readme.main(["--readme", str(path), "--results", str(results)])
+    path = results / "numbers.md"
+    path.write_text(
+        f"top\n{numbers_page.BEGIN}\nold\n{numbers_page.END}\nbottom\n", encoding="utf-8"
+    )
+    numbers_page.main(["--page", str(path), "--results", str(results)])
     text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"top\n{readme.BEGIN}\n**Training steps")
+    assert text.startswith(f"top\n{numbers_page.BEGIN}\n**Training steps")
     assert "| bert, float32 | ours | 32.00 | 2.00 (2.00 to 2.00) |" in text
     assert "Some CPU, 2 cores used in all" in text
     assert "2026-01-02, commit 0123456789ab-dirty" in text
     assert "old" not in text
-    assert text.endswith(f"{readme.END}\nbottom\n")
+    assert text.endswith(f"{numbers_page.END}\nbottom\n")
 
 
-def test_a_readme_without_marks_is_refused() -> None:
-    with pytest.raises(ResultsError, match="the README must hold <!-- benchmarks:begin -->"):
-        readme.replaced("no marks", "numbers")
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ResultsError, match="the page must hold <!-- benchmarks:begin -->"):
+        numbers_page.replaced("no marks", "numbers")
 
 
-def test_the_readme_holds_what_the_command_writes(root: Path) -> None:
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert readme.replaced(text, readme.section()) == text
+def test_the_page_holds_what_the_command_writes() -> None:
+    text = numbers_page.PAGE.read_text(encoding="utf-8")
+    assert numbers_page.replaced(text, numbers_page.section()) == text
 
 
 def test_a_part_does_not_overwrite_the_whole() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipu_pipeline.ir.plan import PlannedStage
-from ipu_pipeline.ir.text import annotation_lines, describe_blocks, shortened
+from ipu_pipeline.ir.text import about_megabytes, annotation_lines, describe_blocks, shortened
 from tests.ir.plan_example import example_plan
 
 
@@ -41,3 +41,8 @@ def test_describe_blocks() -> None:
     assert describe_blocks(PlannedStage(0, ("bert.encoder.layer.3",))) == "layer.3"
     both = PlannedStage(0, ("a.b.layer.0", "a.b.layer.1"), recompute=("a.b.layer.0",))
     assert describe_blocks(both) == "layer.0 .. layer.1 (1 recomputed)"
+
+
+def test_megabytes_of_a_message_have_no_exponent_and_no_sign() -> None:
+    sizes = (809, 2_854_000, 23_998_000_000, 1.5e12, -398e6)
+    assert [*map(about_megabytes, sizes)] == ["0.000809", "2.854", "23998", "1500000", "0"]

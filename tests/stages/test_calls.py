@@ -33,6 +33,7 @@ def test_one_process_generates_what_the_model_generates() -> None:
             assert torch.equal(tokens, alone.generate(input_ids=part, **LENGTHS))
         assert torch.equal(made.forward(ids[:, :7]).logits, alone(ids[:, :7]).logits)
         assert model.training
+        assert sum(made.kv_cache_bytes(1, 8)) == 4 * (2 * 8 * 32 * 4)  # layers, keys and values
         made.train_step(batch)
     with pytest.raises(LoweringError, match="cannot run: it was closed; compile the model again"):
         made.generate(ids)

@@ -126,6 +126,19 @@ def test_the_target_of_a_sure_model_keeps_its_digits() -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
 
 
+def test_tokens_that_do_not_count_have_no_gradient() -> None:
+    """A microbatch may have no labels: its mean is 0 / 0, and counts nothing."""
+    x, weight, _ = inputs()
+    nothing = torch.full((TOKENS,), -100)
+    found, gradients = spread(
+        lambda y: functional.cross_entropy(y, nothing, label_smoothing=0.1), x, weight, None
+    )
+    assert found.isnan()
+    for gradient in gradients[:2]:
+        assert gradient is not None
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

@@ -92,6 +92,12 @@ class StageModule(nn.Module):
             return (torch.zeros((), requires_grad=True),)
         return _sendable([computed[name] for name in self.sent], received)
 
+    @property
+    def reads_spread_tables(self) -> bool:
+        """Whether other processes work for its passes, of which none may be tried out."""
+        vocabulary = self.vocabulary
+        return vocabulary is not None and any(map(vocabulary.is_table, self.parameters()))
+
     def late_loss(self, position: int) -> Tensor | None:
         """Return the loss of a microbatch whose softmax is spread, before its backward pass."""
         late = self._late.pop(position, None)

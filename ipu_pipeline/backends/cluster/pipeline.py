@@ -55,7 +55,7 @@ class _NotedStage(PipelineStage):
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
             if loss is not None:
                 assert self._module.vocabulary is not None
-                self._module.vocabulary.give_back()
+                self._module.vocabulary.give_back(bwd_chunk_id)
         for received in (self.args_recv_info, self.grad_recv_info):
             _free(received.get(bwd_chunk_id, ()))
 
@@ -264,7 +264,7 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     if stage.index == 0:
         return True  # receives nothing: torch computes it whole, later
     names = {program.name for program in stage.programs}
-    if stage.tables or stage.row_shards or stage.recompute & names or module.vocabulary is not None:
+    if stage.tables or stage.row_shards or stage.recompute & names or module.reads_spread_tables:
         return False
     parameters = [p for p in module.parameters() if p.requires_grad]
     earlier = [p.grad for p in parameters]

@@ -55,6 +55,7 @@ _RESHAPING = frozenset(
 # They drop out while training only, which nothing here does.
 _QUIET = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"})
 _SENT_AT_ONCE = 64
+_MOST_RULES = 10_000
 
 
 class PlacedTensor(Tensor):
@@ -143,6 +144,7 @@ class RankProgram(TorchFunctionMode):
             self._hold(tensor, where, is_weight=True)
         self._most_held = 2 * len(self._held) + _SENT_AT_ONCE
         self._shapes_of: dict[int, Tensor] = {}
+        self._shape_rules = _ShapeRules()
         self._pending: list[tuple[Callable[[], object], Tensor]] = []
 
     # ---- what torch's functions do ----------------------------------------------------------
@@ -190,7 +192,7 @@ class RankProgram(TorchFunctionMode):
             result = func(*_replaced(args, values), **_replaced(kwargs, values))
         elif changed is None:
             values = {key: tensor.value for key, tensor in found.items()}
-            result = _on_shapes(func, name, args, kwargs, values)
+            result = self._shape_rules(func, name, args, kwargs, values)
         if changed is not None:
             self._note_change(changed, where)
             return changed
@@ -371,6 +373,59 @@ def _like(tree: Any, items: list[Any]) -> Any:
 # ---- shapes --------------------------------------------------------------------------------------
 
 
+class _ShapeRules:
+    """What functions return, on ``meta``; remembered, as all layers of a kind ask alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Any] = {}
+
+    def __call__(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: Any,
+        kwargs: Any,
+        values: Mapping[int, Tensor],
+    ) -> Any:
+        """Return the result for arguments of which some have shapes only."""
+        key = None
+        try:
+            if name not in ("__getitem__", "repeat_interleave"):  # what they index with counts
+                key = (func, _signature((args, kwargs), values))
+                if key in self._known:
+                    return _mapped(self._known[key], {}, _same_shape, names=False)
+        except TypeError:  # something that is not hashable
+            key = None
+        found = _on_shapes(func, name, args, kwargs, values)
+        # A view has to stay one.
+        read = {values[id(t)].untyped_storage()._cdata for t in _tensors((args, kwargs))
+                if id(t) in values}  # fmt: skip
+        if key is not None and all(
+            t.untyped_storage()._cdata not in read for t in _tensors([found])
+        ):
+            if len(self._known) >= _MOST_RULES:
+                self._known.clear()
+            self._known[key] = found
+        return found
+
+
+def _signature(tree: Any, values: Mapping[int, Tensor]) -> object:
+    """Return what a result's shape depends on, to be looked up.
+
+    Raises:
+        TypeError: It cannot be.
+    """
+    if isinstance(tree, Tensor):
+        value = values.get(id(tree), tree)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(tree, tuple | list):
+        return type(tree), tuple(_signature(item, values) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, _signature(item, values)) for key, item in tree.items())
+    hash(tree)
+    return type(tree), tree
+
+
 def _on_shapes(
     func: Callable[..., Any], name: str, args: Any, kwargs: Any, values: Mapping[int, Tensor]
 ) -> Any:
@@ -389,8 +444,10 @@ def _on_shapes(
 
 
 def _shape(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
+    return tensor if tensor.is_meta else _same_shape(tensor)
+
+
+def _same_shape(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 

@@ -48,6 +48,7 @@ class RowMessage(msgspec.Struct):
     table: str = ""
     queries: list[RowQuery] = []
     parts: list[list[str]] = []
+    chunk: int = -1
 
 
 class RowChannel:
@@ -101,7 +102,7 @@ class OwnRows:
         self, slices: RowSlices, head: nn.Parameter, named: dict[str, nn.Parameter]
     ) -> None:
         self._slices, self._head, self._named = slices, head, named
-        self._kept: deque[list[KeptSoftmax]] = deque()
+        self._kept: dict[int, list[KeptSoftmax]] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._looked_up: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
@@ -116,12 +117,13 @@ class OwnRows:
         if asked.what == "project":
             return RowMessage("answer"), [self.project(tensors[0])]
         if asked.what == "softmax":
-            parts = self.softmax(_queries_of(asked, tensors, self._named))
+            parts = self.softmax(asked.chunk, _queries_of(asked, tensors, self._named))
             names = [[n for n in PART_FIELDS if getattr(part, n) is not None] for part in parts]
             found = [getattr(p, n) for p, own in zip(parts, names, strict=True) for n in own]
             return RowMessage("answer", parts=names), found
         triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
-        self.add_rows([SoftmaxGradients(*own) if own[0].numel() else None for own in triples])
+        given = [SoftmaxGradients(*own) if own[0].numel() else None for own in triples]
+        self.add_rows(asked.chunk, given)
         return done
 
     def look_up(self, table: nn.Parameter, ids: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class OwnRows:
         """Return the logits of the rows, without bias."""
         return functional.linear(x, self._slices.rows_of(self._head).to(x.dtype))
 
-    def softmax(self, queries: Sequence[SoftmaxQuery]) -> list[SoftmaxPart]:
+    def softmax(self, chunk: int, queries: Sequence[SoftmaxQuery]) -> list[SoftmaxPart]:
         """Compute the parts of a microbatch's softmax."""
         assert self._slices.rows is not None
         first, end = self._slices.rows
@@ -144,14 +146,14 @@ class OwnRows:
         for query in queries:
             bias = None if query.bias_V is None else query.bias_V.detach()[first:end]
             pairs.append(softmax_part(query, self._slices.rows_of(self._head), bias, first))
-        self._kept.append([kept for _, kept in pairs])
+        self._kept[chunk] = [kept for _, kept in pairs]
         return [part for part, _ in pairs]
 
-    def add_rows(self, given: Sequence[SoftmaxGradients | None]) -> None:
-        """Add the gradient of the rows behind the oldest softmax."""
+    def add_rows(self, chunk: int, given: Sequence[SoftmaxGradients | None]) -> None:
+        """Add the gradient of the rows behind a microbatch's softmax."""
         assert self._slices.rows is not None
         first, end = self._slices.rows
-        for one, own in zip(self._kept.popleft(), given, strict=True):
+        for one, own in zip(self._kept.pop(chunk), given, strict=True):
             if own is not None:
                 bias = one.query.bias_V
                 of_bias = None if bias is None else self._sum_of(bias, len(bias))

@@ -147,6 +147,7 @@ class RowSlices(Slices):
         self._model, self._plan, self._groups = model, plan, groups
         self._shapes: dict[int, torch.Size] = {}
         self._aside: dict[int, Tensor] = {}  # rows, while there are stand-ins
+        self._is_whole = False
         self.rows = plan.rows.get(groups.layout.position)
         named = dict(model.named_parameters(remove_duplicate=False))
         self.tables = {id(named[name]): named[name] for name in plan.tables}
@@ -159,6 +160,7 @@ class RowSlices(Slices):
 
     def cut(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Cut the tables, and what an optimizer keeps of them, where they are whole."""
+        self._is_whole = False
         if self.rows is None:
             return
         for key, table in self.tables.items():
@@ -203,6 +205,8 @@ class RowSlices(Slices):
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a state dict of whole tensors; all ranks of the pipeline call this."""
+        if self._is_whole:
+            return model.state_dict()
         state = model.state_dict(keep_vars=True)
         every = list(range(self._groups.layout.num_ranks))
         whole = {key: self._joined(table.data, every) for key, table in self.tables.items()}
@@ -216,8 +220,9 @@ class RowSlices(Slices):
 
         Without ``gather`` they stay rows.
         """
-        if not gather:
+        if not gather or self._is_whole:
             return
+        self._is_whole = True
         every = list(range(self._groups.layout.num_ranks))
         for table in self.tables.values():
             state = {} if optimizer is None else optimizer.state.get(table, {})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -109,7 +109,9 @@ class SpreadVocabulary:
         self._rows: list[OwnRows] = []
         self._later = _Later(failed)
         self._waiting: deque[tuple[int, SpreadLoss]] = deque()
-        self._asked: deque[tuple[int, SpreadLoss, list[SoftmaxPart] | None]] = deque()
+        self._asked: dict[int, SpreadLoss] = {}
+        self._answers: deque[int] = deque()  # microbatches whose parts the others send, in order
+        self._found: dict[int, dict[int, Sequence[SoftmaxPart]]] = {}
         for number, source in enumerate((plan.last, *plan.looking_up)):
             group = groups.another_pipeline()
             rows = OwnRows(slices, named[plan.head], named) if here in plan.rows else None
@@ -133,55 +135,59 @@ class SpreadVocabulary:
         self._waiting.append((chunk, loss))
         self._ask_next()
 
-    def parts(self, chunk: int) -> dict[int, list[SoftmaxPart]]:
-        """Return the parts of the oldest microbatch that was asked for, which is ``chunk``."""
-        number, _, own = self._asked[0]
-        assert number == chunk, "backward passes come in the order of the forward passes"
-        asking = self._softmax
-        assert asking is not None
-        found = {} if own is None else {self._plan.last: own}
-        for other in asking.others:
-            message, tensors = asking.channel.receive(other)
-            left = iter(tensors)
-            found[other] = [
-                SoftmaxPart(**{n: next(left) if n in names else None for n in PART_FIELDS})
-                for names in message.parts
-            ]
-        return found
+    def parts(self, chunk: int) -> Mapping[int, Sequence[SoftmaxPart]]:
+        """Return the parts of a microbatch; one that was not asked for yet is asked for now."""
+        asking = self._asker()
+        for number, loss in list(self._waiting):
+            if number == chunk:  # a schedule whose backward passes come in another order
+                self._waiting.remove((number, loss))
+                self._ask(number, loss)
+        while len(self._found[chunk]) < len(self._plan.rows):
+            oldest = self._answers.popleft()
+            for other in asking.others:
+                message, tensors = asking.channel.receive(other)
+                left = iter(tensors)
+                self._found[oldest][other] = [
+                    SoftmaxPart(**{n: next(left) if n in names else None for n in PART_FIELDS})
+                    for names in message.parts
+                ]
+        return self._found.pop(chunk)
 
-    def give_back(self) -> None:
-        """Give the others what the loss of the oldest microbatch has given back to them."""
-        asking = self._softmax
-        assert asking is not None
-        _, loss, own = self._asked.popleft()
+    def give_back(self, chunk: int) -> None:
+        """Give everybody what the loss of a microbatch has given back for its rows."""
+        asking = self._asker()
+        loss = self._asked.pop(chunk)
         for other in asking.others:
             tensors = []
             for given in loss.given_back:
                 one = given.get(other)
                 none = torch.empty(0)
                 tensors += [none] * 3 if one is None else [one.exp_N, one.logit_N, one.total_N]
-            asking.channel.send(other, RowMessage("rows"), tensors)
-        if own is not None:
-            assert asking.rows is not None
-            rows, mine = asking.rows, [g.get(self._plan.last) for g in loss.given_back]
-            self._later.run(lambda: rows.add_rows(mine))
+            asking.channel.send(other, RowMessage("rows", chunk=chunk), tensors)
+        if asking.rows is not None:
+            rows, mine = asking.rows, [given.get(self._plan.last) for given in loss.given_back]
+            self._later.run(lambda: rows.add_rows(chunk, mine))
         self._ask_next()
 
     def _ask_next(self) -> None:
-        asking = self._softmax
-        assert asking is not None
         while self._waiting and len(self._asked) < MOST_KEPT:
-            chunk, loss = self._waiting.popleft()
-            pairs = [described_query(query, self._names) for query in loss.queries]
-            message = RowMessage("softmax", queries=[query for query, _ in pairs])
-            tensors = [tensor for _, own in pairs for tensor in own]
-            for other in asking.others:
-                asking.channel.send(other, message, tensors)
-            own = None
-            if asking.rows is not None:
-                self._later.wait()  # what it keeps is used up
-                own = asking.rows.softmax(loss.queries)
-            self._asked.append((chunk, loss, own))
+            self._ask(*self._waiting.popleft())
+
+    def _ask(self, chunk: int, loss: SpreadLoss) -> None:
+        asking = self._asker()
+        pairs = [described_query(query, self._names) for query in loss.queries]
+        message = RowMessage("softmax", queries=[query for query, _ in pairs], chunk=chunk)
+        for other in asking.others:
+            asking.channel.send(other, message, [tensor for _, own in pairs for tensor in own])
+        self._asked[chunk], self._found[chunk] = loss, {}
+        self._answers.append(chunk)
+        if asking.rows is not None:
+            self._later.wait()  # what it keeps is used up
+            self._found[chunk][self._plan.last] = asking.rows.softmax(chunk, loss.queries)
+
+    def _asker(self) -> RowAsker:
+        assert self._softmax is not None
+        return self._softmax
 
     # ---- lookups and evaluation -------------------------------------------------------------
 
@@ -304,8 +310,8 @@ class SpreadVocabulary:
 
     def clear(self) -> None:
         """Forget a run that has failed."""
-        self._waiting.clear()
-        self._asked.clear()
+        for left in (self._waiting, self._asked, self._answers, self._found):
+            left.clear()
         for rows in self._rows:
             rows.clear()
 

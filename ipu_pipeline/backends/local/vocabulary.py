@@ -41,7 +41,7 @@ class VocabularyPasses:
             pairs.append(softmax_part(query, weight_RH, bias_R, first))
         with self._lock:
             self._parts.setdefault(microbatch, {})[stage] = [part for part, _ in pairs]
-        self._kept[microbatch, stage] = [kept for _, kept in pairs]
+            self._kept[microbatch, stage] = [kept for _, kept in pairs]
 
     def parts_of(self, microbatch: int) -> dict[int, Sequence[SoftmaxPart]]:
         """Return the parts of all stages, once."""
@@ -51,7 +51,10 @@ class VocabularyPasses:
         """Add the gradient of a stage's rows, in the order of its microbatches."""
         loss = self._losses[microbatch]
         first, end = loss.table.rows[stage]
-        kept = self._kept.pop((microbatch, stage))
+        with self._lock:
+            kept = self._kept.pop((microbatch, stage))
+            if not any(number == microbatch for number, _ in self._kept):
+                del self._losses[microbatch]
         for one, given in zip(kept, loss.given_back, strict=True):
             if given:
                 weight_VH = self._sum_of(loss.table.parameter)

@@ -102,8 +102,9 @@ def check_vocabulary(plan: Plan) -> None:
     """Refuse a plan whose spread vocabulary does not fit its model.
 
     Raises:
-        PlanError: The model has no head that can be spread, or another number of rows; or a
-            block with one of its tables is serialized.
+        PlanError: The model has no head that can be spread, or another number of rows; or the
+            last stage does not have it and the loss, or a block with one of its tables is
+            serialized.
     """
     if plan.vocabulary is None:
         return
@@ -112,6 +113,13 @@ def check_vocabulary(plan: Plan) -> None:
         raise PlanError(
             f"the plan spreads {plan.vocabulary.size} rows of the vocabulary, and "
             f"{head.table.parameter!r} has {head.table.rows}; spread these"
+        )
+    apart = [n for n in (head.head.name, head.loss.name) if n not in plan.stages[-1].blocks]
+    if apart:
+        raise PlanError(
+            f"the vocabulary is spread over stages, and block {apart[0]!r} is not in the last one, "
+            f"which computes the softmax of {head.head.name!r} with the loss; put both there, or "
+            "plan without vocabulary"
         )
     names = {head.head.name, *lookups(plan.graph, head)}
     sliced = [

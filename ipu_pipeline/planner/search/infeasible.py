@@ -15,6 +15,7 @@ from typing import Any
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.text import about_megabytes
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
@@ -211,7 +212,9 @@ class _Explanation:
         if needed == inf:
             return None
         size = int(needed) + max(device.reserved_bytes for device in machine.devices) + 1
-        change = replace(self._with_memory(size), text=f"give every device {size / 1e6:.4g} MB")
+        change = replace(
+            self._with_memory(size), text=f"give every device {about_megabytes(size)} MB"
+        )
         return change if self._fits(change) else None
 
     def _placement_error(self) -> InfeasibleError:
@@ -259,8 +262,8 @@ class _Explanation:
         if machine.shared_memory:
             total = sum(needed for _, needed in split.stages)
             return (
-                f"the stages need at least {total / 1e6:.4g} MB together, the machine has "
-                f"{item.slots[0].capacity / 1e6:.4g} MB"
+                f"the stages need at least {about_megabytes(total)} MB together, the machine has "
+                f"{about_megabytes(item.slots[0].capacity)} MB"
             )
         room = {slot.device: slot.capacity for slot in item.slots}
         used = split.device_bytes
@@ -276,8 +279,8 @@ class _Explanation:
         one = len(held) == 1
         return (
             f"even split for memory alone, {' and '.join(held)} {'needs' if one else 'need'} "
-            f"{used[worst] / 1e6:.4g} MB, {'its' if one else 'their'} device has "
-            f"{room[worst] / 1e6:.4g} MB"
+            f"{about_megabytes(used[worst])} MB, {'its' if one else 'their'} device has "
+            f"{about_megabytes(room[worst])} MB"
         )
 
 

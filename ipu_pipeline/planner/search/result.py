@@ -9,6 +9,7 @@ from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import PlannedStage, VocabularyRows
+from ipu_pipeline.ir.text import about_megabytes
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
@@ -167,8 +168,8 @@ def _binding(
         limit = machine.devices[stages[fullest].device]
         text += (
             f"; memory: stage {_ranges(slowed)} recompute or serialize to fit (fullest: stage "
-            f"{fullest} with {stages[fullest].memory_bytes / 1e6:.4g} of "
-            f"{(limit.memory_bytes - limit.reserved_bytes) / 1e6:.4g} MB)"
+            f"{fullest} with {about_megabytes(stages[fullest].memory_bytes)} of "
+            f"{about_megabytes(limit.memory_bytes - limit.reserved_bytes)} MB)"
         )
     return text
 

@@ -14,7 +14,7 @@ namespace ipu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The widest instruction set that this machine has; found once.
+// The widest instruction set that this machine has and IPU_PIPELINE_ISA allows; found once.
 Isa isa();
 const char* isa_name();
 

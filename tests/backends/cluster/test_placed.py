@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ipu_pipeline.backends.cluster.inference import refuse
+from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.placed import RankProgram
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.cluster.jobs import built
 from tools.coverage.rank_threads import on_threads
 
@@ -41,3 +47,74 @@ def test_tokens_and_scores_are_those_of_the_model_alone(name: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert "past_key_values" not in found
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+class _Nowhere:
+    """The first of two ranks; what it sends is lost."""
+
+    layout = Layout(0, 1, 2, 2, (0, 1))
+    device = torch.device("cpu")
+
+    def start_send(self, wire: torch.Tensor, position: int) -> Any:
+        return lambda: None
+
+    def receive(self, wire: torch.Tensor, position: int) -> None:
+        raise AssertionError("nothing comes")
+
+
+def _program() -> tuple[RankProgram, torch.Tensor, torch.Tensor]:
+    """Return a program, a weight that is here and one that is not."""
+    own, other = torch.ones(4, 4), torch.ones(4, 4)
+    return RankProgram(_Nowhere(), {own: 1, other: 2}), own, other
+
+
+def test_what_is_not_here_has_a_shape_only() -> None:
+    program, own, other = _program()
+    with program:
+        here, there = torch.ones(2, 4) @ own, torch.ones(2, 4) @ other
+        both = there + here
+        assert there.shape == (2, 4)
+        assert there.device == torch.device("cpu")
+    assert not here.value.is_meta
+    assert there.value.is_meta
+    assert (here.where, there.where, both.where) == (3, 2, 2)
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    program, own, other = _program()
+    with program:
+        there = torch.ones(2, 4) @ other
+        with pytest.raises(LoweringError, match="unsqueeze_ changes the shape of a tensor in pla"):
+            there.unsqueeze_(0)
+        with pytest.raises(LoweringError, match=r"add changes the shape .* or writes into one th"):
+            torch.add(there, 1, out=torch.ones(2, 4))
+        with torch._C.DisableTorchFunction(), pytest.raises(LoweringError, match="is not seen; u"):
+            torch.add(there, 1)
+        here = torch.ones(2, 4) @ own
+        row = here[0]
+        program.send(here, 1)
+        with pytest.raises(LoweringError, match="another one shares its memory, and stages of"):
+            here.add_(1)
+        del row
+        here.add_(1)
+    with pytest.raises(LoweringError, match="was called on a tensor that one stage holds, after"):
+        there + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp": 2}, r"the plan has tp 2, and generate and forward run each operation on whole wei"),
+        ({"table": True}, r"the plan spreads the table of block over stages, and generate and for"),
+    ],
+)
+def test_plans_whose_weights_are_cut_are_refused(
+    make_plan: Any, changes: Any, message: str
+) -> None:
+    plan = make_plan(2)
+    if "table" in changes:
+        stages = [replace(stage, table_slices=("block",)) for stage in plan.stages]
+        plan = replace(plan, stages=tuple(stages))
+    layout = Layout(0, 1, 2, 2, (0, 1), changes.get("tp", 1))
+    with pytest.raises(LoweringError, match=message):
+        refuse(plan, ExecutionOptions(), layout, [{}])

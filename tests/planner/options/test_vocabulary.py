@@ -94,6 +94,13 @@ def test_the_plan_keeps_its_rows(tmp_path: Path) -> None:
     stages = (replace(made.stages[0], serialize={made.stages[0].blocks[0]: 2}), made.stages[1])
     with pytest.raises(PlanError, match="is serialized and its table is spread"):
         check_vocabulary(replace(made, stages=stages))
+    moved = made.stages[1].blocks
+    apart = (
+        replace(made.stages[0], blocks=(*made.stages[0].blocks, *moved[:-1])),
+        replace(made.stages[1], blocks=moved[-1:]),
+    )
+    with pytest.raises(PlanError, match="is not in the last one, which computes the softmax"):
+        check_vocabulary(replace(made, stages=apart))
 
 
 def test_the_command_line_reads_shares() -> None:

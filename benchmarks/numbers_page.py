@@ -1,4 +1,4 @@
-"""Write the numbers of README.md from ``benchmarks/results``: ``python -m benchmarks.readme``."""
+"""Write ``docs/checks/numbers.md`` from ``benchmarks/results``: ``-m benchmarks.numbers_page``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import read_text, write_text
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "checks" / "numbers.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-NOT_YET = "Not measured yet: `make bench`, then `python -m benchmarks.readme`.\n"
+NOT_YET = "Not measured yet: `make bench`, then `python -m benchmarks.numbers_page`.\n"
 HEADINGS = {
     "throughput": "Training steps: all contestants interleaved on the same cores, medians",
     "memory": "Peak resident memory of a training step",
@@ -72,13 +72,13 @@ def _below(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         f"{machine['cpu']['brand_raw']}, {machine['threads']} cores used in all, Python "
         f"{machine['python_version']}, torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {dates}, commit {commits}. Written by `make bench` and "
-        "`python -m benchmarks.readme`; every number with its quartiles is in "
+        "`python -m benchmarks.numbers_page`; every number with its quartiles is in "
         "`benchmarks/results/latest.csv`.\n"
     )
 
 
 def replaced(text: str, numbers: str) -> str:
-    """Return a README with new numbers between the marks.
+    """Return a page with new numbers between the marks.
 
     Raises:
         ResultsError: The marks are not there, each once and in order.
@@ -86,19 +86,19 @@ def replaced(text: str, numbers: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ResultsError(f"the README must hold {BEGIN} and after it {END}, each once")
+        raise ResultsError(f"the page must hold {BEGIN} and after it {END}, each once")
     return f"{before}{BEGIN}\n{numbers}{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Rewrite the section."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.numbers_page", description=__doc__)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of latest.csv")
     given = parser.parse_args(argv)
     try:
-        text = read_text(given.readme, "the README", ResultsError)
-        write_text(given.readme, replaced(text, section(given.results)))
+        text = read_text(given.page, "the page", ResultsError)
+        write_text(given.page, replaced(text, section(given.results)))
     except PipelineError as error:
         sys.exit(f"benchmarks: {error}")
 
