@@ -37,7 +37,7 @@ from ipu_pipeline.planner.options.block_cost import (
     GraphCosts,
     VocabularyChunks,
 )
-from ipu_pipeline.planner.options.vocabulary import vocabulary_rows
+from ipu_pipeline.planner.options.vocabulary import lookups, vocabulary_rows
 from ipu_pipeline.planner.options.vocabulary_shares import Share, VocabularyShares
 from ipu_pipeline.planner.schedules import PipelineShape, critical_paths, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
@@ -244,6 +244,9 @@ class SpreadSearch:
             0.0, rate.row_s * part, workspace_bytes=rate.space, fixed_bytes=rate.row_space * part
         )
         blocks = {block.name: costs.blocks[block.name] for block in graph.blocks}
+        for name in lookups(self.graph, self.spread.pair):  # what is spread is not serialized
+            whole = tuple(way for way in blocks[name].choices if way.serialize_factor == 1)
+            blocks[name] = replace(blocks[name], choices=whole)
         for name in names:
             held = {f"{fqn} {name}": -(-n // chunks) for fqn, n in rate.weights.items()}
             blocks[name] = BlockCost((choice,), held)
@@ -256,7 +259,7 @@ class SpreadSearch:
             replace(
                 costs,
                 blocks=blocks,
-                together=(),
+                together=((self.spread.pair.head.name, self.spread.pair.loss.name),),
                 update_s={},  # the search is of the passes; the price of a plan has all
                 chunks=VocabularyChunks(names, rate.entry_s),
             ),
