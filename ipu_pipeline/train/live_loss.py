@@ -96,6 +96,17 @@ def generates(kwargs: Mapping[str, Any]) -> bool:
     return bool(kept) and not torch.is_grad_enabled()
 
 
+@contextlib.contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Take our module out of the model, whose ``forward`` may call all of its children."""
+    own = model._modules.pop(RUN, None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            model._modules[RUN] = own
+
+
 class _Forward:
     """Stands for the ``forward`` of a model, in the model itself."""
 
@@ -395,17 +406,10 @@ class LiveLoss(_Loss):
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveLoss:
         return LiveLoss()
 
-    def view(
-        self, forward: Callable[..., Any], inputs: dict[str, Any], model: nn.Module | None = None
-    ) -> dict[str, Tensor]:
+    def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what a capture sees of the model: its outputs, and the loss behind them."""
         run = inputs.pop(RUN)
-        modules: dict[str, Any] = {} if model is None else model._modules
-        own = modules.pop(RUN, None)  # forward may call all children of the model
-        try:
-            outputs = _without_caches(forward(**_nested(inputs)))
-        finally:
-            modules.update({} if own is None else {RUN: own})
+        outputs = _without_caches(forward(**_nested(inputs)))
         try:
             found = Snapshot.of({RUN: outputs})
         except Exception as error:  # whatever a class does when it is copied

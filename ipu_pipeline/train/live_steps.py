@@ -27,6 +27,7 @@ from ipu_pipeline.train.live_loss import (
     calls_of,
     generates,
     is_replaced,
+    unseen,
 )
 from ipu_pipeline.train.optimizers import loss_factor
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
@@ -279,16 +280,22 @@ class LiveSteps(TargetSteps):
 
     def _called(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Answer a call of the model: by the user's code, or by a capture."""
-        run = LossRun.current()
+        run, model = LossRun.current(), self._trainer._whole_model
         if run is not None:
-            whole = is_replaced(self._trainer._whole_model)
+            whole = is_replaced(model)
             if not whole and run.may_suspend(self._modes(), kwargs):
                 return self._trainer._widened(run.call(forward, args, kwargs))
             run.further_calls += not generates(kwargs)
             self._before_further_call(run)
-            return self._trainer._in_one_piece(forward, args, kwargs)
+            with unseen(model):
+                return self._trainer._in_one_piece(forward, args, kwargs)
         if RUN in kwargs:
-            return self._live.view(forward, kwargs, self._trainer._whole_model)
+
+            def hidden(*given: Any, **named: Any) -> Any:
+                with unseen(model):
+                    return forward(*given, **named)
+
+            return self._live.view(hidden, kwargs)
         return forward(*args, **kwargs)
 
     def _before_further_call(self, run: LossRun) -> None:

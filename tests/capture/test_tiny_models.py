@@ -10,13 +10,13 @@ from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.check import altered
 from ipu_pipeline.ir.graph import BlockGraph
 from tests.capture.toys import assert_replays
+from tests.later import in_turn
 from tests.tiny_models import TINY
 
 GRANULARITIES = ("layer", "sublayer", "op")
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "granularity"), in_turn(TINY, GRANULARITIES))
 def test_equal_to_the_model_on_other_data(name: str, granularity: str) -> None:
     model, batch = TINY[name].build()
     keys = list(model.state_dict())

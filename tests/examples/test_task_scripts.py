@@ -12,6 +12,7 @@ import torch
 from ipu_pipeline.errors import DatasetError
 from tasks.table import TASKS
 from tests.examples.tasks.tiny import BERT, ENCODER, make_tokenizer
+from tests.later import every_second
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = {
@@ -70,7 +71,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", every_second(TASKS))
 def test_trains_evaluates_and_writes_everything(run_task, options, name, capsys):
     made = options(name, do_train=True, do_eval=True)
     run_task.run(TASKS[name], made)

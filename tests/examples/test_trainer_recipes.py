@@ -175,6 +175,7 @@ def test_lightning_trains_as_the_unsplit_model(root: Path, tmp_path: Path) -> No
     assert {"val_loss", "accuracy"} <= trainer.callback_metrics.keys()
 
 
+@pytest.mark.acceptance
 @lightning_warnings
 def test_lightning_resumes_with_dropout(root: Path, tmp_path: Path) -> None:
     whole, _ = lightning_losses(root, tmp_path)

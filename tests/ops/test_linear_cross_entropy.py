@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.linear_cross_entropy import _kernels, linear_cross_entropy
+from tests.later import in_turn
 
 NUM_CLASSES = 50
 # Relative to the largest entry; the reference is computed in float64 from the same operands.
@@ -94,8 +95,7 @@ def test_number_of_slices(num_slices: int, hold: bool) -> None:
     compare(x, weight, target, None, num_slices=num_slices, hold_gradients=hold)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize(("reduction", "hold"), in_turn(["mean", "none"], [True, False]))
 def test_gradients_against_differences(reduction: str, hold: bool) -> None:
     x, weight, target, bias = operands(tokens=7)
     assert torch.autograd.gradcheck(

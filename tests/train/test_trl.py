@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'ipu-pipeli
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", one_in(4, FORMS))
+@pytest.mark.parametrize("name", one_in(8, FORMS))
 def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
     theirs = trained(name, str(tmp_path / "theirs"), pipeline=False)
     ours = trained(name, str(tmp_path / "ours"))
@@ -22,9 +22,14 @@ def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("names", [("text", "reference"), pytest.param(
-    ("prompt_completion", "packing", "dft", "without_adapters", "precomputed", "reward"),
-    marks=pytest.mark.acceptance)])  # fmt: skip
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("text", "reference"),
+        ("prompt_completion", "packing", "dft", "without_adapters", "precomputed", "reward"),
+    ],
+)
 def test_in_two_processes(tmp_path, names) -> None:
     processes = Processes(2)
     try:

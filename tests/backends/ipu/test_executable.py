@@ -17,7 +17,7 @@ from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.ipu.emulated import Case, adamw, assert_same_weights, case, sessions_of, sgd
-from tests.later import one_in
+from tests.later import every_second, one_in
 
 pytestmark = pytest.mark.usefixtures("poptorch")
 
@@ -87,7 +87,7 @@ def test_evaluation_without_labels_and_without_an_optimizer() -> None:
             device.load_executable("nowhere")
 
 
-@pytest.mark.parametrize(("layers", "ipus"), [((1, 1, 2), [0, 1, 2]), ((-1,), [0])])
+@pytest.mark.parametrize(("layers", "ipus"), every_second([((1, 1, 2), [0, 1, 2]), ((-1,), [0])]))
 def test_evaluation_runs_where_the_configuration_places_it(
     layers: tuple[int, ...], ipus: list[int]
 ) -> None:

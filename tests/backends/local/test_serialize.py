@@ -149,7 +149,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("name", "schedule"), one_in(5, product(MODELS, ("1f1b", "gpipe"))))
+@pytest.mark.parametrize(("name", "schedule"), one_in(8, product(MODELS, ("1f1b", "gpipe"))))
 def test_full_logits_never_exist_in_training(name: str, schedule: str) -> None:
     """16 x 2 tokens and 990 classes: nothing else of these models is as large as the logits."""
     model, example, batch, blocks = built(name, vocab_size=10 * VOCAB, **NARROW[name])
