@@ -37,6 +37,8 @@ _PLAIN = (Tensor, int, float, types.NoneType)
 _FOREIGN = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "ipu_pipeline", *sys.stdlib_module_names}
 )
+# Functions and objects within others that are looked into for what a module keeps.
+_BOUND_DEPTH = 3
 RECORDERS: Path = (("recorders", None),)
 
 
@@ -206,6 +208,42 @@ def is_foreign(defined: Any) -> bool:
     of_module = isinstance(defined, types.ModuleType)
     name = defined.__name__ if of_module else getattr(defined, "__module__", None)
     return (name or "").partition(".")[0] in _FOREIGN
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that ``module`` keeps in attributes, as :func:`own_values` finds them."""
+    tensors = [value for value in own_values(module) if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if not getattr(type(tensor), "has_no_values", False)]
+
+
+def own_values(module: nn.Module) -> list[Any]:
+    """Return what ``module`` keeps in attributes, also in lists, maps, functions and objects."""
+    values: list[Any] = list(vars(module).values())
+    return [*values, *(held for value in values for held in _held(value, _BOUND_DEPTH))]
+
+
+def _held(value: Any, depth: int) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (*LISTS, tuple)):
+        yield from value
+    elif depth:
+        for inner in _bound(value):
+            yield inner
+            yield from _held(inner, depth - 1)
+
+
+def _bound(value: Any) -> Iterable[Any]:
+    """Return what a partial function, a closure, a bound method or an object of the user holds."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, types.FunctionType):
+        defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+        return [*_cells(value).values(), *defaults]
+    kept = isinstance(value, type | types.ModuleType | Tensor | nn.Module)
+    return () if kept or is_foreign(type(value)) else getattr(value, "__dict__", {}).values()
 
 
 def _cells(function: types.FunctionType) -> dict[str, Any]:

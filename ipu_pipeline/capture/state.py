@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.glue import StandIn
-from ipu_pipeline.capture.values import own_tensors, storage_key
+from ipu_pipeline.capture.places import own_tensors
+from ipu_pipeline.capture.values import storage_key
 
 # They write to running statistics without counting it; the first flag says whether they do.
 _STATISTICS = frozenset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,20 +90,6 @@ class TensorMeta:
         return cls(
             tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad
         )
-
-
-def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
-    tensors = [value for value in own_values(module) if isinstance(value, Tensor)]
-    return [tensor for tensor in tensors if not getattr(type(tensor), "has_no_values", False)]
-
-
-def own_values(module: nn.Module) -> list[Any]:
-    """Return what ``module`` keeps as plain attributes, also in lists and maps."""
-    values: list[Any] = list(vars(module).values())
-    for value in [v for v in values if isinstance(v, Mapping | list | tuple | deque)]:
-        values.extend(value.values() if isinstance(value, Mapping) else value)
-    return values
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:

@@ -14,6 +14,8 @@ from ipu_pipeline.capture import capture
 from ipu_pipeline.errors import CaptureError
 from tests.capture.toys import Layer, assert_replays, assert_trains_in_stages, batch, last, toy
 
+TABLE = torch.arange(4.0)
+
 
 def mask_from_a_closure(self: Any, x: Tensor) -> dict[str, Tensor]:
     positive = x > 0
@@ -83,9 +85,14 @@ def test_random_numbers_under_vmap_are_drawn_in_one_place() -> None:
     assert any("vmap" in target for target in targets)
 
 
-def test_tensor_from_nowhere_in_a_closure() -> None:
+def test_tensor_of_a_closure_that_the_model_keeps() -> None:
     table = torch.arange(4.0)
     model = toy(lambda self, x: last(self, torch.vmap(lambda row: row * table)(self.layers[0](x))))
+    assert_replays(model, capture(model, batch()), batch(seed=5))
+
+
+def test_tensor_from_nowhere_in_a_closure() -> None:
+    model = toy(lambda self, x: last(self, torch.vmap(lambda row: row * TABLE)(self.layers[0](x))))
     with pytest.raises(CaptureError, match=r"uses a \(4,\) torch.float32 tensor that is neither"):
         capture(model, batch())
 

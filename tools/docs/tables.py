@@ -17,6 +17,7 @@ from ipu_pipeline.ir import machines
 from ipu_pipeline.ir.limits import LIMITS
 from ipu_pipeline.planner.passes.manager import available_passes
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
+from ipu_pipeline.train.trainer_checks import refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,6 +134,7 @@ def _commands() -> str:
 def made() -> Iterator[tuple[str, str]]:
     """Yield every file: its name and its text."""
     yield "errors.md", _errors()
+    yield "trainer-refusals.md", refusals()
     yield "schedules.md", _schedules()
     yield "machines.md", _machines()
     yield "passes.md", _passes()

@@ -41,6 +41,7 @@ from ipu_pipeline.planner.search.result import Partition
 from ipu_pipeline.planner.search.spread import CostsOf, Measured, SpreadSearch
 
 __all__ = [
+    "WORTHWHILE",
     "Change",
     "Constraints",
     "InfeasibleError",
@@ -48,6 +49,10 @@ __all__ = [
     "solve",
     "solve_spread",
 ]
+
+# Spreading the vocabulary keeps a microbatch more and rests on the prices of messages, which are
+# the least certain ones: it must promise a step at most so long as with whole blocks.
+WORTHWHILE = 0.98
 
 StepPrice = Callable[[Partition], float]
 
@@ -135,8 +140,11 @@ def solve_spread(
     if not found:
         assert problem is not None
         raise problem
-    best = min(found, key=lambda item: item.objective)
-    return best.with_bound(min(item.lower_bound for item in found))
+    least = min(item.lower_bound for item in found)
+    *whole, last = found
+    if whole and last.vocabulary and last.objective > WORTHWHILE * whole[0].objective:
+        last = whole[0]
+    return last.with_bound(least)
 
 
 def _may_spread(graph: BlockGraph, constraints: Constraints) -> bool:

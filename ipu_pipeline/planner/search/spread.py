@@ -37,7 +37,7 @@ from ipu_pipeline.planner.options.block_cost import (
     GraphCosts,
     VocabularyChunks,
 )
-from ipu_pipeline.planner.options.vocabulary import vocabulary_rows
+from ipu_pipeline.planner.options.vocabulary import lookups, vocabulary_rows
 from ipu_pipeline.planner.options.vocabulary_shares import Share, VocabularyShares
 from ipu_pipeline.planner.schedules import PipelineShape, critical_paths, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
@@ -68,7 +68,6 @@ class VocabularyRate:
         row_space: Bytes a row, besides weights and their state.
         space: Bytes besides those of the rows.
         weights: Bytes of weights, gradients and optimizer state of all rows, by parameter.
-        update_s: Seconds a step of the update of all rows.
     """
 
     entry_s: float
@@ -77,7 +76,6 @@ class VocabularyRate:
     row_space: float
     space: float
     weights: Mapping[str, int]
-    update_s: float
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,6 @@ class SpreadSearch:
                 for name in shares[0].names
                 for fqn, num_bytes in costs.blocks[name].weight_bytes.items()
             },
-            update_s=sum(costs.update_s.get(name, 0.0) for name in shares[0].names),
         )
 
     def split(self, limits: Constraints, known_depth: int | None = None) -> Partition:
@@ -174,13 +171,18 @@ class SpreadSearch:
         return best.with_bound(min(map(self._bound_s, shapes)))
 
     def _of_depth(self, limits: Constraints) -> list[Partition]:
-        """Return priced splits of one depth; none where nothing fits."""
-        chunks = self._num_chunks(limits)
-        graph, costs = self._problem(chunks)
-        machine = costs.ranks or self.machine
-        machine = machine if chunks else self._with_room(machine, limits)
-        found = search(graph, costs, machine, limits).partitions[:MOST_TRIED]
-        tried = [one for split in found for one in self._with_rows(split, chunks, limits)]
+        """Return priced splits of one depth; none where nothing fits.
+
+        Of splits that the search cannot tell apart, those with even passes wait least for each
+        other: the model without vocabulary is always split, too.
+        """
+        tried: list[Partition] = []
+        for chunks in sorted({0, self._num_chunks(limits)}):
+            graph, costs = self._problem(chunks)
+            machine = costs.ranks or self.machine
+            machine = machine if chunks else self._with_room(machine, limits)
+            for split in search(graph, costs, machine, limits).partitions[:MOST_TRIED]:
+                tried += self._with_rows(split, chunks, limits)
         if limits.vocabulary == "auto":  # rows in one stage are not spread
             tried = [one for one in tried if one.vocabulary and len(one.vocabulary.rows) > 1]
         return [replace(one, objective=self.step(one)) for one in tried]
@@ -242,12 +244,12 @@ class SpreadSearch:
             0.0, rate.row_s * part, workspace_bytes=rate.space, fixed_bytes=rate.row_space * part
         )
         blocks = {block.name: costs.blocks[block.name] for block in graph.blocks}
+        for name in lookups(self.graph, self.spread.pair):  # what is spread is not serialized
+            whole = tuple(way for way in blocks[name].choices if way.serialize_factor == 1)
+            blocks[name] = replace(blocks[name], choices=whole)
         for name in names:
             held = {f"{fqn} {name}": -(-n // chunks) for fqn, n in rate.weights.items()}
             blocks[name] = BlockCost((choice,), held)
-        updates = {
-            name: costs.update_s[name] for name in graph.block_index if name in costs.update_s
-        }
         return (
             replace(
                 graph,
@@ -257,8 +259,8 @@ class SpreadSearch:
             replace(
                 costs,
                 blocks=blocks,
-                together=(),
-                update_s=updates | dict.fromkeys(names, rate.update_s / max(1, chunks)),
+                together=((self.spread.pair.head.name, self.spread.pair.loss.name),),
+                update_s={},  # the search is of the passes; the price of a plan has all
                 chunks=VocabularyChunks(names, rate.entry_s),
             ),
         )

@@ -227,6 +227,7 @@ def test_spreading_is_chosen_where_it_pays(schedule: str) -> None:
                     vocabulary="auto")  # fmt: skip
     whole = planned(chain_graph(12, 50_000), devices, schedule=schedule, num_stages=stages)
     assert large.vocabulary is not None
+    assert large.stages[-1].blocks[-2:] == ("head", "loss")
     assert large.objective_s < 0.4 * whole.objective_s
     assert large.lower_bound_s > 0.7 * large.objective_s
     slow = replace(devices, link=Link(1e8, 1e-3))

@@ -29,7 +29,7 @@ from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.vocabulary import can_spread
 from ipu_pipeline.planner.price import make_plan, step_s
-from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.planner.search import WORTHWHILE, Constraints
 from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.spread import SpreadSearch
 
@@ -243,21 +243,26 @@ class _Search:
         work, limits = self._work(config), self._limits(config)
         costs = RankCosts(work).all()
         assert costs.ranks is not None
-        spread_s = self._spread(config, work, limits)
         try:
             found = search(work.graph, costs, costs.ranks, limits)
         except PartitionError:
-            return spread_s  # the constraints leave no other split
+            return self._spread(config, work, limits)  # the constraints leave no other split
         if not found.partitions:
-            return min(spread_s, found.lower_bound)
+            return min(self._spread(config, work, limits), found.lower_bound)
         priced = [(step_s(work, item), number) for number, item in enumerate(found.partitions)]
         seconds, number = min(priced)
         if seconds < inf:
             self._price(config, found.partitions[number].stages)
+        spread_s = self._spread(config, work, limits, WORTHWHILE * min(seconds, best_s))
         return min(spread_s, found.step_bound(min(seconds, best_s)))
 
-    def _spread(self, config: GpuConfiguration, work: Workload, limits: Constraints) -> float:
-        """Try the vocabulary spread over the stages; return the bound of such plans."""
+    def _spread(
+        self, config: GpuConfiguration, work: Workload, limits: Constraints, most_s: float = inf
+    ) -> float:
+        """Try the vocabulary spread over the stages; return the bound of such plans.
+
+        A plan is kept if its step takes at most ``most_s`` seconds.
+        """
         if self.request.vocabulary is None or config.sizes.pp == 1 or not can_spread(work.graph):
             return inf
 
@@ -271,7 +276,8 @@ class _Search:
             found = spread.split(limits)
         except PartitionError:
             return inf
-        self._keep(config, found.stages, make_plan(self.model, work, found))
+        if found.objective <= most_s:
+            self._keep(config, found.stages, make_plan(self.model, work, found))
         return found.lower_bound
 
     def _limits(self, config: GpuConfiguration) -> Constraints:
