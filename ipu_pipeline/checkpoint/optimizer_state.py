@@ -153,7 +153,7 @@ def _saved_settings(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str,
             f"{folder} holds no optimizer state, it was written without an optimizer; load it "
             "with optimizer=None to start the optimizer afresh"
         )
-    content = read_settings(folder / SETTINGS)
+    content: dict[str, Any] = read_settings(folder / SETTINGS)
     if content["class"] != type(optimizer).__name__:
         raise CheckpointError(
             f"{folder} holds the state of {content['class']}, the optimizer is "

@@ -446,7 +446,8 @@ class ProcessSteps(LiveSteps, CollectedSteps):
             self.close()
             plan = self._trainer.planned(part)
             tp = tensor_parallel_size(plan)
-            self._num_whole = self._num_weights() if tp > 1 else 0
+            sliced = tp > 1 or plan.vocabulary is not None
+            self._num_whole = self._num_weights() if sliced else 0
             num_ranks = max(1, num_processes() // (plan.replicas * tp))
             sizes = plan.num_stages, num_ranks, plan.num_microbatches
             self.executable = self._trainer.compiled(

@@ -1,7 +1,7 @@
 """Programs composed of features: equal to plain torch, or an error of ours; never a third thing.
 
-``make test`` tries the same half of them every time, acceptance tests the others;
-``IPU_PIPELINE_PROGRAMS`` says how many new ones are tried.
+``make test`` tries the same 500 every time; with ``IPU_PIPELINE_PROGRAMS`` so many new ones are
+tried instead.
 """
 
 from __future__ import annotations

@@ -378,17 +378,17 @@ class DistributedExecutable(Executable):
             return
         self._closed = True
         error = self._error_of_last_save()
-        whole = together = False
+        whole = False
         if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
-                whole, together = self._holds_all, True
+                whole = self._holds_all
         try:
             self._slices.undo(self.optimizer, gather=whole)
         except RuntimeError:  # one of those that share them is gone
             self._slices.undo(self.optimizer, gather=False)
         if self.groups.vocabulary is not None:
-            self.groups.vocabulary.close(wait=together)
+            self.groups.vocabulary.close(wait=self._watchdog.failure is None)
         self._watchdog.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:

@@ -307,8 +307,11 @@ class RankProgram(TorchFunctionMode):
 
     def send(self, tensor: PlacedTensor, target: int) -> None:
         """Send a tensor to a position, from the nearest one before that has it."""
-        if tensor.where >> target & 1:
-            return
+        if not tensor.where >> target & 1:
+            with torch._C.DisableTorchFunction():  # hooks call this, and views of weights are held
+                self._send(tensor, target)
+
+    def _send(self, tensor: PlacedTensor, target: int) -> None:
         before = tensor.where & ((1 << target) - 1)
         source = before.bit_length() - 1 if before else _lowest(tensor.where)
         tensor.where |= 1 << target

@@ -236,9 +236,9 @@ class RowServer:
                 waiter.give_up_after_failure()
         self._ended.clear()
 
-    def join(self) -> None:
-        """Wait until the process that asks has closed."""
-        self._thread.join(timeout=10 * POLL_S)
+    def join(self, timeout_s: float) -> None:
+        """Wait until the process that asks has closed, or is known to have failed."""
+        self._thread.join(timeout=max(timeout_s, 5 * POLL_S))
         self._channel.waiter.close()
 
     def _serve(self) -> None:

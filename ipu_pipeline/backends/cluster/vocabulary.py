@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -78,6 +78,10 @@ class _Later:
                 self._failed(error)
             self._jobs.task_done()
         self._jobs.task_done()
+
+
+# Processes that end without waiting for each other do so within this time.
+CLOSE_S = 10.0
 
 
 class SpreadVocabulary:
@@ -316,14 +320,14 @@ class SpreadVocabulary:
             rows.clear()
 
     def close(self, *, wait: bool) -> None:
-        """Stop the threads; ``wait``: all processes do so."""
+        """Stop the threads; ``wait``: none has failed, and all processes do so about now."""
         self._later.close()
-        if wait:
-            for asking in (self._softmax, self._lookups):
+        with suppress(RuntimeError):  # another one is gone, who needs nothing any more
+            for asking in (self._softmax, self._lookups) if wait else ():
                 if asking is not None:
                     asking.end("close")
         for server in self._servers:
-            server.join()
+            server.join(CLOSE_S if wait else 0.0)
 
 
 class _LookUp(torch.autograd.Function):

@@ -55,7 +55,11 @@ class _Nowhere:
     layout = Layout(0, 1, 2, 2, (0, 1))
     device = torch.device("cpu")
 
+    def __init__(self) -> None:
+        self.sent: list[torch.Tensor] = []
+
     def start_send(self, wire: torch.Tensor, position: int) -> Any:
+        self.sent.append(wire)
         return lambda: None
 
     def receive(self, wire: torch.Tensor, position: int) -> None:
@@ -73,10 +77,14 @@ def test_what_is_not_here_has_a_shape_only() -> None:
     with program:
         here, there = torch.ones(2, 4) @ own, torch.ones(2, 4) @ other
         both = there + here
+        view = own[:2]
+        program.send(view, 1)  # as a hook does, while torch's functions are watched
         assert there.shape == (2, 4)
         assert there.device == torch.device("cpu")
     assert not here.value.is_meta
     assert there.value.is_meta
+    assert type(view.value) is torch.Tensor
+    assert [type(wire) for wire in program._links.sent] == [torch.Tensor] * 2
     assert (here.where, there.where, both.where) == (3, 2, 2)
 
 

@@ -133,3 +133,11 @@ def test_another_use_of_a_table_is_refused() -> None:
     for said in processes.run("vocabulary_jobs.another_use"):
         assert "of the vocabulary that is spread over processes is used by" in said
     processes.close()
+
+
+@pytest.mark.acceptance
+def test_a_failure_beside_the_schedule_is_that_of_all() -> None:
+    processes = Processes(2)
+    for said in processes.run("vocabulary_jobs.wrong_label", planned=EVEN):
+        assert "target 10000 is out of bounds for 99 classes" in said
+    processes.close()

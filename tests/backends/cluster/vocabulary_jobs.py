@@ -189,3 +189,15 @@ def another_use() -> str:
     except ipp.errors.PipelineError as error:
         return str(error)
     return "ran"
+
+
+def wrong_label(planned: dict[str, Any]) -> str:
+    """Return what is said to a label that is no class: it is found by the process of the loss."""
+    made, batch = jobs.compiled("gpt2-lm", planned=planned, learning_rate=None)
+    batch["labels"][-1, -1] = 10_000
+    try:
+        made.forward_backward(batch)
+    except ipp.errors.StageError as error:
+        made.close()
+        return str(error)
+    return "ran"
