@@ -130,8 +130,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if vocabulary not in (None, "auto") and made.vocabulary is None:  # of the backend's own split
-        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary or "even")
+    if vocabulary is not None and vocabulary != "auto" and made.vocabulary is None:
+        # The split is the backend's own.
+        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary)
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",

@@ -308,7 +308,8 @@ class _Guard(TorchFunctionMode):
             self._check_tensors(func, args, kwargs)
         if func in (*_BACKWARD, torch.autograd.grad) and self._is_the_stages(func, *args, **kwargs):
             self._spent, self._outputs = self._spent | self._outputs, set()
-            return self._run.backward(_added_up(args[0]))
+            self._run.backward(_added_up(args[0]))
+            return None
         result = func(*args, **kwargs)
         self._known |= _nodes((args, kwargs, result))
         return result

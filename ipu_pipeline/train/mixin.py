@@ -394,7 +394,7 @@ class PipelineMixin(Base):
         prediction_loss_only: bool,  # noqa: FBT001 - the inherited signature
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> Prediction:
+    ) -> tuple[Any, Any, Any]:
         """Return loss, logits and labels of one batch, nested as transformers nests them."""
         if id(inputs) not in self._ahead:
             self._run_ahead([inputs], prediction_loss_only, ignore_keys, **gen_kwargs)
