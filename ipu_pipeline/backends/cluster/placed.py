@@ -259,6 +259,8 @@ class RankProgram(TorchFunctionMode):
     def _place(self, tensor: Tensor) -> _Held | None:
         if tensor.is_meta or tensor.layout is not torch.strided:
             return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # of vmap: it has no memory
+            return None
         return self._held.get(tensor.untyped_storage()._cdata)
 
     def _local(self, tensor: Tensor, place: _Held) -> Tensor:
