@@ -150,9 +150,9 @@ class SpreadVocabulary:
             oldest = self._answers.popleft()
             for other in asking.others:
                 message, tensors = asking.channel.receive(other)
-                left = iter(tensors)
+                left: Iterator[Any] = iter(tensors)
                 self._found[oldest][other] = [
-                    SoftmaxPart(**{n: next(left) if n in names else None for n in PART_FIELDS})
+                    SoftmaxPart(*(next(left) if n in names else None for n in PART_FIELDS))
                     for names in message.parts
                 ]
         return self._found.pop(chunk)
