@@ -35,6 +35,13 @@ _READS = frozenset(
         "_unique2", "unique_dim", "tensor_split", "__reduce_ex__", "_assert_async",
     }
 )  # fmt: skip
+# Numbers that they are given are sizes.
+_SIZED = frozenset(
+    {
+        "view", "reshape", "expand", "repeat", "tile", "unflatten", "narrow", "split", "chunk",
+        "new_zeros", "new_ones", "new_full", "new_empty", "interpolate", "pad", "broadcast_to",
+    }
+)  # fmt: skip
 _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 _METADATA = frozenset(
     {
@@ -63,14 +70,14 @@ class PlacedTensor(Tensor):
 
     Attributes:
         value: Its value, on ``meta`` where it is not here.
-        where: Positions that have it.
+        positions: Those that have it, as bits.
         leaves: It is a result of the model: what is computed of it goes to all ranks.
         moved: It was sent, so that a copy of it is in other memory.
         family: All that share its memory.
     """
 
     value: Tensor
-    where: int
+    positions: int
     leaves: bool
     moved: bool
     family: list[weakref.ref[PlacedTensor]]
@@ -81,7 +88,7 @@ class PlacedTensor(Tensor):
         made: PlacedTensor = cls._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, value.shape, strides=value.stride(), dtype=value.dtype, device=device
         )
-        made.value, made.where, made.leaves, made.moved = value, where, False, False
+        made.value, made.positions, made.leaves, made.moved = value, where, False, False
         made.family = [weakref.ref(made)]
         return made
 
@@ -234,7 +241,7 @@ class RankProgram(TorchFunctionMode):
                     "another one shares its memory, and stages of two ranks use them; use target="
                     "'local' for this model, or copy before changing"
                 )
-            changed.where = where
+            changed.positions = where
             if not where & self._own:
                 changed.value = _shape(changed.value)
         elif isinstance(changed, Tensor) and where != self._all:
@@ -272,8 +279,10 @@ class RankProgram(TorchFunctionMode):
         every = every or (name not in _QUIET and is_random(func, args, kwargs))
         every = every or (name == "repeat_interleave" and _has_tensor(args[1:], kwargs))
         for tensor in found.values():
-            is_mask = name == "__getitem__" and tensor is not args[0]
-            if every or (is_mask and tensor.value.dtype in (torch.bool, torch.uint8)):
+            kind, given = tensor.value.dtype, tensor is not args[0] if args else True
+            is_mask = name == "__getitem__" and given and kind in (torch.bool, torch.uint8)
+            is_size = name in _SIZED and given and not tensor.value.ndim
+            if every or is_mask or is_size:
                 self.everywhere(tensor)
 
     def _meet(
@@ -282,17 +291,19 @@ class RankProgram(TorchFunctionMode):
         """Return where an operation runs; send what it reads there, if it is in no one place."""
         where = self._all
         for tensor in found.values():
-            where &= tensor.where
+            where &= tensor.positions
         if where:
             return where
         weights = set(map(id, held))
-        hidden = [_lowest(tensor.where) for tensor in found.values() if id(tensor) not in weights]
+        hidden = [
+            _lowest(tensor.positions) for tensor in found.values() if id(tensor) not in weights
+        ]
         latest = max(hidden, default=0)
         fixed = [found[id(changed)]] if id(changed) in found else held
         wanted = self._all
         for tensor in fixed:
-            wanted &= tensor.where
-        wanted = wanted or fixed[-1].where
+            wanted &= tensor.positions
+        wanted = wanted or fixed[-1].positions
         later = wanted >> latest << latest
         target = _lowest(later) if later else wanted.bit_length() - 1
         for tensor in found.values():
@@ -307,14 +318,14 @@ class RankProgram(TorchFunctionMode):
 
     def send(self, tensor: PlacedTensor, target: int) -> None:
         """Send a tensor to a position, from the nearest one before that has it."""
-        if not tensor.where >> target & 1:
+        if not tensor.positions >> target & 1:
             with torch._C.DisableTorchFunction():  # hooks call this, and views of weights are held
                 self._send(tensor, target)
 
     def _send(self, tensor: PlacedTensor, target: int) -> None:
-        before = tensor.where & ((1 << target) - 1)
-        source = before.bit_length() - 1 if before else _lowest(tensor.where)
-        tensor.where |= 1 << target
+        before = tensor.positions & ((1 << target) - 1)
+        source = before.bit_length() - 1 if before else _lowest(tensor.positions)
+        tensor.positions |= 1 << target
         tensor.moved = True
         if not tensor.value.numel():
             if self._own == 1 << target:
@@ -396,7 +407,7 @@ class _ShapeRules:
             if name not in ("__getitem__", "repeat_interleave"):  # what they index with counts
                 key = (func, _signature((args, kwargs), values))
                 if key in self._known:
-                    return _mapped(self._known[key], {}, _same_shape, names=False)
+                    return _mapped(self._known[key], None, _same_shape, names=False)
         except TypeError:  # something that is not hashable
             key = None
         found = _on_shapes(func, name, args, kwargs, values)
@@ -420,6 +431,8 @@ def _signature(tree: Any, values: Mapping[int, Tensor]) -> object:
     """
     if isinstance(tree, Tensor):
         value = values.get(id(tree), tree)
+        if not value.ndim and value is tree:
+            raise TypeError("the number may be a size")
         return value.shape, value.stride(), value.dtype
     if isinstance(tree, tuple | list):
         return type(tree), tuple(_signature(item, values) for item in tree)
@@ -436,14 +449,15 @@ def _on_shapes(
     if name in ("cpu", "cuda"):
         return _shape(values[id(args[0])])
     if name == "__getitem__":
-        args = (args[0], _counted(args[1]))
+        known = {key: value for key, value in values.items() if not value.is_meta}
+        args = (args[0], _counted(_replaced(args[1], known)))
     given = _mapped((args, kwargs), values, _shape, names=name == "to")
     try:
         return func(*given[0], **given[1])
     except (NotImplementedError, RuntimeError):
         given = _mapped((args, kwargs), values, _zeros, names=name == "to")
         found = func(*given[0], **given[1])
-        return _mapped([found], {}, _shape, names=False)[0]
+        return _mapped([found], None, _shape, names=False)[0]
 
 
 def _shape(tensor: Tensor) -> Tensor:
@@ -473,11 +487,21 @@ def _counted(index: Any) -> Any:
 
 
 def _mapped(
-    tree: Any, values: Mapping[int, Tensor], change: Callable[[Tensor], Tensor], *, names: bool
+    tree: Any,
+    values: Mapping[int, Tensor] | None,
+    change: Callable[[Tensor], Tensor],
+    *,
+    names: bool,
 ) -> Any:
-    """Return arguments with tensors changed, and devices (in ``names`` their names) that follow."""
+    """Return arguments with tensors changed, and devices (in ``names`` their names) that follow.
+
+    ``values`` are those of placed tensors; ``None``: all are changed.
+    """
     if isinstance(tree, Tensor):
-        return change(values.get(id(tree), tree))
+        if values is None or id(tree) in values:
+            return change(tree if values is None else values[id(tree)])
+        # A number that all ranks know may be a size.
+        return tree.cpu() if not tree.ndim or change is _zeros else change(tree)
     if isinstance(tree, torch.device):
         return change(torch.empty((), device="meta")).device
     if isinstance(tree, str) and names and tree.partition(":")[0] in ("cpu", "cuda"):
