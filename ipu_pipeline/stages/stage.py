@@ -300,9 +300,10 @@ class Stage:
         values.update(zip(program.outputs, outputs, strict=True))
 
     def _can_be_compiled(self, program: Program) -> bool:
-        own = program.name in self.tables or program.name in self.fused or program.changing
-        own = own or (self.spread is not None and program.name in (LOSS, self.spread.block))
-        return not (own or self.live or program.draws)
+        own = {*self.tables, *self.fused}
+        if self.spread is not None:
+            own |= {LOSS, self.spread.block}
+        return not (program.name in own or program.changing or self.live or program.draws)
 
     def _note_backward(self, program: Program, values: Mapping[str, Any]) -> None:
         """Let the stage say that a backward pass is in this block when it comes to it."""

@@ -429,7 +429,7 @@ class DistributedExecutable(Executable):
         with self._watchdog.guarding(what, self.global_step):
             yield
 
-    def _looking(self) -> contextlib.AbstractContextManager[None]:
+    def _looking(self) -> contextlib.AbstractContextManager[Any]:
         """Return the region in which the whole model may run: captures, losses, axes."""
         region = contextlib.ExitStack()
         if not self._holds_all:
@@ -509,7 +509,7 @@ class DistributedExecutable(Executable):
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
         options, device = self.options, self.groups.device
-        return StepInputs(parts, options.seed, self.global_step, options.precision, device)
+        return StepInputs(parts, options.seed, self.global_step, options.precision, device=device)
 
     def _known_ownership(self) -> Ownership:
         if self._ownership is None:

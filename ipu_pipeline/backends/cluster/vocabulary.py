@@ -151,10 +151,11 @@ class SpreadVocabulary:
             for other in asking.others:
                 message, tensors = asking.channel.receive(other)
                 left = iter(tensors)
-                self._found[oldest][other] = [
-                    SoftmaxPart(**{n: next(left) if n in names else None for n in PART_FIELDS})
+                given: list[list[Any]] = [
+                    [next(left) if name in names else None for name in PART_FIELDS]
                     for names in message.parts
                 ]
+                self._found[oldest][other] = [SoftmaxPart(*values) for values in given]
         return self._found.pop(chunk)
 
     def give_back(self, chunk: int) -> None:

@@ -32,7 +32,9 @@ from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 _LISTED = 2**14
 _make = Event._make
 _KINDS = len(KINDS)
-_EVENTS: tuple[EventKind, ...] = ("forward", *["backward"] * 3, *["vocabulary"] * 2)
+_EVENTS: tuple[EventKind, ...] = (
+    "forward", "backward", "backward", "backward", "vocabulary", "vocabulary",
+)  # fmt: skip
 
 
 def simulate(plan: Plan, schedule: Schedule | str | None = None) -> Timeline:

@@ -84,7 +84,8 @@ class StageCostTable:
         found = self.lattice.supersets(start, start + 1, stop)
         if self._anchors is None:
             return found
-        return found[self._anchors[found] > self._anchors[start]]
+        behind: Ints = found[self._anchors[found] > self._anchors[start]]
+        return behind
 
     def with_memory(self, start: int, targets: Ints, load_s: Floats, slot: Slot) -> StageCosts:
         """Mark what surely fits, what surely does not, and what must be looked at."""
