@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, operations  # type: ignore[import-untyped]
 from accelerate.utils.operations import recursively_apply  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -55,6 +55,21 @@ def _alone(state: Any) -> Any:
     found.process_index = process_index()
     found.local_process_index = int(os.environ.get("LOCAL_RANK", process_index()))
     return found
+
+
+@contextlib.contextmanager
+def alone_in_accelerate() -> Iterator[None]:
+    """Let accelerate's functions (``gather``, ``reduce``, ...) see one process, as its class does.
+
+    Trainers call them besides the accelerator's methods. They still wait for each other.
+    """
+    before = operations.PartialState
+    state = _alone(before())
+    operations.PartialState = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        operations.PartialState = before
 
 
 class WholeBatchAccelerator(Accelerator):
