@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import PartialState  # type: ignore[import-untyped]
@@ -57,6 +60,21 @@ def _alone(state: Any) -> Any:
     return found
 
 
+def random_states() -> list[Any]:
+    """Return the states of Python's, numpy's and torch's random generators as plain data."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    torchs = torch.get_rng_state().numpy().tobytes()
+    return [random.getstate(), [name, np.asarray(keys).tolist(), *rest], torchs]
+
+
+def set_random_states(states: Sequence[Any]) -> None:
+    """Set what :func:`random_states` has returned, perhaps in another process."""
+    (version, numbers, gauss), (name, keys, *rest), torchs = states
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.frombuffer(bytearray(torchs), dtype=torch.uint8))
+
+
 @contextlib.contextmanager
 def alone_in_accelerate() -> Iterator[None]:
     """Let accelerate's functions (``gather``, ``reduce``, ...) see one process, as its class does.
@@ -96,6 +114,11 @@ class WholeBatchAccelerator(Accelerator):
         if isinstance(begin, partial) and "rank" in begin.keywords:
             data_loader.worker_init_fn = partial(begin, rank=0)
         return super().prepare_data_loader(data_loader, *args, **kwargs)
+
+    @property
+    def process_index(self) -> int:
+        """The first and only one, for code that takes its part of what was gathered."""
+        return 0
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
         """Clip by the norm over the gradients of all processes.

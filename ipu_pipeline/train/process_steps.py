@@ -48,6 +48,8 @@ from ipu_pipeline.train.one_process import (
     WholeBatchAccelerator,
     alone_in_accelerate,
     as_one_process,
+    random_states,
+    set_random_states,
 )
 from ipu_pipeline.train.share import ShareOfData, mark_of
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
@@ -399,8 +401,9 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         self._depth += 1
         try:
             if self._depth == 1:
-                found = self._group.gather(self._events_of_users())
-                self._read_at = frozenset(event for events in found for event in events)
+                found = self._group.gather([self._events_of_users(), random_states()])
+                self._read_at = frozenset(event for events, _ in found for event in events)
+                set_random_states(found[0][1])  # a trainer may seed every process otherwise
             with alone_in_accelerate():
                 yield
             if self._depth == 1:
