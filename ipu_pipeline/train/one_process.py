@@ -27,9 +27,11 @@ from accelerate.utils.operations import recursively_apply  # type: ignore[import
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ipu_pipeline.train.arguments import process_index
 
+logger = logging.get_logger(__name__)
 Clip = Callable[[Any, float], Tensor]
 
 
@@ -47,6 +49,16 @@ def as_one_process(arguments: TrainingArguments) -> TrainingArguments:
     }
     found: TrainingArguments = object.__new__(type(kind.__name__, (kind,), members))
     found.__dict__ = vars(arguments)
+    counted: Any = getattr(arguments, "generation_batch_size", None)
+    steps: Any = getattr(arguments, "steps_per_generation", None)
+    if counted and steps:  # TRL has counted the prompts of as many copies of the trainer
+        number = arguments.per_device_train_batch_size * steps
+        if number != counted:
+            logger.warning(
+                "generation_batch_size is %d, of the one copy of the pipeline in all processes; "
+                "it was %d, counted for one in each", number, counted
+            )  # fmt: skip
+        found.generation_batch_size = number  # type: ignore[attr-defined]
     return found
 
 
