@@ -31,8 +31,8 @@ class PipelinedModel:
     def __init__(self, executable: Executable) -> None:
         vars(self)["executable"] = executable
 
-    @property
-    def __class__(self) -> type[Any]:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
         """The model's, of which pipelines ask name and kind."""
         return type(self.executable.model)
 
@@ -48,7 +48,8 @@ class PipelinedModel:
         """Save the model as it does, with the weights of all stages; every process calls this."""
         state = self.executable.state_dict()
         if getattr(self.executable, "groups", None) is None or dist.get_rank() == 0:
-            self.executable.model.save_pretrained(*args, **{"state_dict": state, **kwargs})
+            model: Any = self.executable.model
+            model.save_pretrained(*args, **{"state_dict": state, **kwargs})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass."""
@@ -122,4 +123,6 @@ def pipeline(
     facade: Any = PipelinedModel(executable)
     placed = getattr(facade, "hf_device_map", None)  # then they know the device, and refuse ours
     device = {} if placed else {"device": facade.device}
-    return transformers_pipeline(task, model=facade, **{**device, **options})
+    make: Any = transformers_pipeline
+    found: Pipeline = make(task, model=facade, **{**device, **options})
+    return found

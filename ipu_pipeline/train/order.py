@@ -328,6 +328,8 @@ def _described(value: Any, depth: int = 2) -> Any:
         return id(value), _position(value)
     if isinstance(value, np.ndarray):
         return id(value), crc32(value.tobytes()) if value.nbytes <= _COMPARED_BYTES else None
+    if isinstance(value, (set, frozenset)):  # whose order says nothing, and may change with a copy
+        return id(value), len(value), hash(frozenset(value))
     if isinstance(value, _CONTAINERS):
         return id(value), len(value), _last_members(value, depth - 1) if depth else None
     return id(value)

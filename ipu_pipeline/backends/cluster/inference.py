@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.generation import (
+from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout
@@ -270,7 +270,7 @@ def entering_stages(
         finally:
             del current.program
 
-    parts = [] if layout.num_ranks == 1 else [*filter(_generates, model.modules())]
+    parts: list[Any] = [] if layout.num_ranks == 1 else [*filter(_generates, model.modules())]
     hooks = [] if layout.num_ranks == 1 else [
         *_block_hooks(model, plan, layout, current),
         *(part.register_forward_hook(_leaves) for part in parts),
