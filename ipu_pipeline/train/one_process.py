@@ -58,7 +58,7 @@ def as_one_process(arguments: TrainingArguments) -> TrainingArguments:
                 "generation_batch_size is %d, of the one copy of the pipeline in all processes; "
                 "it was %d, counted for one in each", number, counted
             )  # fmt: skip
-        found.generation_batch_size = number  # type: ignore[attr-defined]
+        vars(found)["generation_batch_size"] = number
     return found
 
 
@@ -74,7 +74,8 @@ def _alone(state: Any) -> Any:
 
 def random_states() -> list[Any]:
     """Return the states of Python's, numpy's and torch's random generators as plain data."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = of_numpy
     torchs = torch.get_rng_state().numpy().tobytes()
     return [random.getstate(), [name, np.asarray(keys).tolist(), *rest], torchs]
 
