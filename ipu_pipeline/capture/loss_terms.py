@@ -109,10 +109,10 @@ class LossTerms:
 
     def may_be_raised(self, inputs: Mapping[str, Any]) -> bool:
         """Whether Python may have raised a divisor that it counts, as ``max(count, 1)`` does."""
-        pairs = zip(self.varying, self.counts(inputs), strict=True)
-        return any(
-            term.kind == "quotient" and not term.dtype and count is not None and count <= 1
-            for term, count in pairs
+        by_python = [term.kind == "quotient" and not term.dtype for term in self.varying]
+        return any(by_python) and any(
+            own and count is not None and count <= 1
+            for own, count in zip(by_python, self.counts(inputs), strict=True)
         )
 
     def weights(
