@@ -111,7 +111,7 @@ class LossTerms:
         """Whether Python may have raised a divisor that it counts, as ``max(count, 1)`` does."""
         by_python = [term.kind == "quotient" and not term.dtype for term in self.varying]
         return any(by_python) and any(
-            own and count is not None and count <= 1
+            own and count in (0, 1)
             for own, count in zip(by_python, self.counts(inputs), strict=True)
         )
 
