@@ -133,9 +133,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if limits.vocabulary not in (None, "auto") and made.vocabulary is None:
+    wanted = limits.vocabulary
+    if wanted is not None and wanted != "auto" and made.vocabulary is None:
         # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, limits.vocabulary)
+        rows = vocabulary_rows(made.graph, made.num_stages, wanted)
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
