@@ -31,7 +31,7 @@ from ipu_pipeline.planner.backend import (
     backend_of,
     find_machine,
 )
-from ipu_pipeline.planner.options.vocabulary import vocabulary_rows
+from ipu_pipeline.planner.options.vocabulary import known_shares, vocabulary_rows
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem
 from ipu_pipeline.planner.search import Constraints
@@ -100,7 +100,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         PlanError: A pass cannot be applied, or the vocabulary cannot be spread.
         ValueError: An argument is out of range.
     """
-    manager = PassManager.parse(passes)
+    manager, shares = PassManager.parse(passes), known_shares(vocabulary)
     depth = depth_of(num_stages, config)
     asked = replace(constraints or Constraints(), num_stages=depth)
     model = original_model(model)
@@ -120,7 +120,6 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
-    shares = vocabulary if vocabulary is None or isinstance(vocabulary, str) else (*vocabulary,)
     limits = replace(limits, vocabulary=shares)
     split = backend.placement(work) if constraints is None else None
     if split is None:
@@ -130,9 +129,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if vocabulary is not None and vocabulary != "auto" and made.vocabulary is None:
+    if shares is not None and shares != "auto" and made.vocabulary is None:
         # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, vocabulary)
+        rows = vocabulary_rows(made.graph, made.num_stages, shares)
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
