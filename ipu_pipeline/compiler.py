@@ -80,7 +80,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
         granularity: How fine the blocks are: ``layer``, ``sublayer`` or ``op``.
         config: An IPU configuration; its ``layers_per_ipu`` is respected to the letter.
-        constraints: Further limits; the arguments above replace its fields of the same meaning.
+        constraints: Further limits; arguments that are given replace its fields of the same
+                meaning.
         passes: Passes over the solved plan, such as ``serialize_projection{factor=16},
             recompute{blocks=all}``; the predictions are those of the annotated plan.
         batch_axes: Axis of samples by input (``{"position_ids": 1, "class_weights": None}``;
@@ -100,9 +101,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         PlanError: A pass cannot be applied, or the vocabulary cannot be spread.
         ValueError: An argument is out of range.
     """
-    manager, shares = PassManager.parse(passes), known_shares(vocabulary)
-    depth = depth_of(num_stages, config)
-    asked = replace(constraints or Constraints(), num_stages=depth)
+    manager = PassManager.parse(passes)
+    limited = constraints or Constraints()
+    depth = depth_of(_said(num_stages, limited, "num_stages"), config)
+    shares = known_shares(limited.vocabulary if vocabulary is None else vocabulary)
+    asked = replace(limited, num_stages=depth, vocabulary=shares)
     model = original_model(model)
     begin = time.monotonic()
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
@@ -120,7 +123,6 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
-    limits = replace(limits, vocabulary=shares)
     split = backend.placement(work) if constraints is None else None
     if split is None:
         layers = _layers(captured.graph, config, depth) or limits.layers_per_ipu
@@ -129,9 +131,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if shares is not None and shares != "auto" and made.vocabulary is None:
+    if limits.vocabulary not in (None, "auto") and made.vocabulary is None:
         # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, shares)
+        rows = vocabulary_rows(made.graph, made.num_stages, limits.vocabulary)
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
@@ -162,6 +164,12 @@ def _backend_for(
     return backend
 
 
+def _said(argument: Any, limits: Constraints, name: str) -> Any:
+    """Return an argument; where it was left out, what the constraints say besides their default."""
+    said = getattr(limits, name)
+    return argument if argument is not None or said == getattr(Constraints, name) else said
+
+
 def _limits(
     limits: Constraints,
     graph: BlockGraph,
@@ -173,6 +181,9 @@ def _limits(
 ) -> Constraints:
     """Return ``limits`` with the numbers of the run: those given, the config's, or defaults."""
     backend = backend_of(machine)
+    replicas = _said(replicas, limits, "replicas")
+    microbatches = _said(microbatches, limits, "num_microbatches")
+    schedule = _said(schedule, limits, "schedule")
     if replicas is None:
         replicas = 1 if config is None else config.replicas(inference=not graph.training)
     if microbatches is None:

@@ -28,8 +28,8 @@ class PipelinedModel:
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
 
-    @property
-    def __class__(self) -> type[Any]:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
         """The model's, of which pipelines ask name and kind."""
         return type(self.executable.model)
 
@@ -101,4 +101,6 @@ def pipeline(
             model, plan, target=target, training=False, **(compile_options or {})
         )
     facade: Any = PipelinedModel(executable)
-    return transformers_pipeline(task, model=facade, **{"device": facade.device, **options})
+    make: Any = transformers_pipeline
+    found: Pipeline = make(task, model=facade, **{"device": facade.device, **options})
+    return found

@@ -72,6 +72,23 @@ def test_layers_per_device_in_constraints_are_respected() -> None:
     assert layers == [1, 3]
 
 
+def test_what_constraints_say_is_kept_where_no_argument_says_otherwise() -> None:
+    model, batch = TINY["gpt2-lm"].build(device="meta")
+    limits = ipp.Constraints(
+        num_stages=2, num_microbatches=3, replicas=2, schedule="gpipe", vocabulary="even"
+    )
+    plan = ipp.plan(model, batch, machine="a100-80g-x4", constraints=limits)
+    assert (plan.num_stages, plan.num_microbatches, plan.replicas) == (2, 3, 2)
+    assert plan.schedule == "gpipe"
+    assert plan.vocabulary is not None
+    given = ipp.plan(
+        model, batch, machine="a100-80g-x4", constraints=limits, num_stages=1, replicas=1,
+        microbatches=5, schedule="1f1b",
+    )  # fmt: skip
+    assert (given.num_stages, given.num_microbatches, given.replicas) == (1, 5, 1)
+    assert given.schedule == "1f1b"
+
+
 def test_stages_that_contradict_the_configuration_are_refused() -> None:
     model, batch = TINY["bert-qa"].build()
     for layers in ((2, 2), (4,)):

@@ -113,7 +113,11 @@ def launch_command(
     if here:
         _start(spec, cores, gpus, log_dir)
     if print_only:
-        _print(spec, f"ipu-pipeline-{plan.digest()}", endpoint or socket.gethostname())
+        _print(
+            spec,
+            f"ipu-pipeline-{plan.digest()}",
+            socket.gethostname() if endpoint is None else endpoint,
+        )
     if slurm is not None:
         _write_slurm_file(spec, name, slurm)
 

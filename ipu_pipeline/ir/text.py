@@ -17,10 +17,15 @@ from ipu_pipeline.ir.rates import rates_of
 
 
 def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an aligned table; the first column is text, the others are numbers."""
+    """Return an aligned table; the first column is text, the others are numbers.
+
+    In a table of more than 160 characters the text goes on in the next line; numbers stay whole.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(
+            column, justify="right" if index else "left", no_wrap=index > 0, overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     console = Console(

@@ -32,32 +32,30 @@ def kv_cache_bytes(
     Raises:
         LoweringError: Layers keep something else than keys and values of their heads.
     """
-    config: Any = model.config
-    layers = _layer_bytes(config, model.dtype, batch_size, length)  # type: ignore[arg-type]
+    known: Any = model
+    config, dtype = known.config, known.dtype
+    layers = _layer_bytes(config, dtype, batch_size, length)
     crossed = 0
     if config.is_encoder_decoder:
-        crossed = sum(t.nbytes for t in _keys_and_values(
-            config, model.dtype, batch_size, encoder_length))  # type: ignore[arg-type]  # fmt: skip
-    sizes = []
+        keys, values = _keys_and_values(config, dtype, batch_size, encoder_length)
+        crossed = keys.nbytes + values.nbytes
+    sizes: list[int] = []
     for stage in plan.stages:
         paths = [plan.graph[block].module for block in stage.blocks]
         modules = [m for path in paths if path is not None
                    for m in model.get_submodule(path).modules()]  # fmt: skip
-        own = {
-            m.layer_idx
-            for m in modules
-            if isinstance(getattr(m, "layer_idx", None), int) and getattr(m, "is_decoder", True)
-        }
-        sizes.append(sum(layers[index] + crossed for index in own if index < len(layers)))
+        numbers = {getattr(m, "layer_idx", None) for m in modules if getattr(m, "is_decoder", True)}
+        own = [index for index in numbers if isinstance(index, int) and index < len(layers)]
+        sizes.append(sum(layers[index] for index in own) + crossed * len(own))
     return tuple(sizes)
 
 
 def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) -> list[int]:
     """Return the bytes of every layer's own keys and values."""
-    cache = DynamicCache(config=config)
-    if not cache.layers:  # made as they are filled
-        cache.layers += [DynamicLayer() for _ in range(_text(config).num_hidden_layers)]
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = DynamicCache(config=config).layers
+    if not layers:  # made as they are filled
+        layers += [DynamicLayer() for _ in range(_text(config).num_hidden_layers)]
+    for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LoweringError(
                 f"layer {index} of {type(config).__name__} keeps a {type(layer).__name__}, which "
@@ -65,7 +63,7 @@ def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) 
                 "cache (return_dict_in_generate=True)"
             )
         layer.update(*_keys_and_values(config, dtype, batch_size, length))
-    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    return [layer.keys.nbytes + layer.values.nbytes for layer in layers]
 
 
 def _keys_and_values(

@@ -3,7 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipu_pipeline.ir.plan import PlannedStage
-from ipu_pipeline.ir.text import about_megabytes, annotation_lines, describe_blocks, shortened
+from ipu_pipeline.ir.text import (
+    about_megabytes,
+    annotation_lines,
+    describe_blocks,
+    render_table,
+    shortened,
+)
 from tests.ir.plan_example import example_plan
 
 
@@ -46,3 +52,13 @@ def test_describe_blocks() -> None:
 def test_megabytes_of_a_message_have_no_exponent_and_no_sign() -> None:
     sizes = (809, 2_854_000, 23_998_000_000, 1.5e12, -398e6)
     assert [*map(about_megabytes, sizes)] == ["0.000809", "2.854", "23998", "1500000", "0"]
+
+
+def test_a_wide_table_keeps_its_numbers_whole() -> None:
+    names, number = ["head", *["milliseconds of a pass"] * 6], "1234567.89"
+    text = render_table(names, [["embeddings .. " + "a_long_name" * 9, *[number] * 6]])
+    assert text.count(number) == 6
+    assert "…" not in text
+    first = text.splitlines()[0].index("milliseconds")
+    words = "".join(line[:first].strip() for line in text.splitlines()[2:])
+    assert words == "embeddings .." + "a_long_name" * 9

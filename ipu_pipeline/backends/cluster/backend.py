@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import refuse_sizes
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, refuse_sizes
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_price
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -90,7 +90,17 @@ class ClusterBackend(Backend):
         """On GPUs also every number of replicas that divides the devices and the microbatches.
 
         The bound is that of all of them.
+
+        Raises:
+            PartitionError: Nothing fits, or what shares products would spread its vocabulary, too.
         """
+        if limits.vocabulary is not None and (tp := GpuSettings.read(work.settings).tp) > 1:
+            if limits.vocabulary != "auto":
+                raise PartitionError(
+                    f"tensor parallelism (tp {tp}) cuts tables whose rows are spread over stages; "
+                    "leave it out, or plan without vocabulary"
+                )
+            limits = replace(limits, vocabulary=None)
         if not any_replicas or not _on_gpus(work.machine, work.graph, work.measured_s):
             return super().search(work, limits, any_replicas=False)
         found: list[tuple[Partition, Workload]] = []

@@ -85,7 +85,7 @@ class PlacedTensor(Tensor):
     @classmethod
     def of(cls, value: Tensor, where: int, device: torch.device) -> PlacedTensor:
         """Wrap a value, or its shape on ``meta``; it says that it is on ``device``."""
-        made: PlacedTensor = cls._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PlacedTensor = cls._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), dtype=value.dtype, device=device
         )
         made.value, made.positions, made.leaves, made.moved = value, where, False, False
@@ -101,7 +101,9 @@ class PlacedTensor(Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuse what reaches torch unseen."""
         raise LoweringError(
             f"{func} reads a tensor that another stage holds without one of torch's functions, "

@@ -9,9 +9,10 @@ from typing import Any
 from ipu_pipeline.backends.ipu.check import (
     MOST_IPUS,
     NO_BATCH,
+    SPREAD_VOCABULARY,
     config_problems,
     devices_problems,
-    vocabulary_problems,
+    foreign_problems,
 )
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
@@ -81,8 +82,11 @@ class IPUBackend(Backend):
         """IPUs cut the execution order, copy no weight, and recompute whole stages.
 
         Raises:
-            PartitionError: Single blocks are to be recomputed, or stages leave out an IPU.
+            PartitionError: Single blocks are to be recomputed, stages leave out an IPU, or the
+                vocabulary is to be spread.
         """
+        if limits.vocabulary not in (None, "auto"):
+            raise PartitionError(SPREAD_VOCABULARY)
         for problem in devices_problems(limits.stage_devices or (0,)):
             raise PartitionError(problem)
         if isinstance(limits.recompute, tuple):
@@ -144,10 +148,10 @@ class IPUBackend(Backend):
         """Price every IPU and the cycles of the step as a whole.
 
         Raises:
-            PartitionError: Slices do not divide a table, single blocks are to be recomputed, or
-                the vocabulary is spread over stages.
+            PartitionError: Slices do not divide a table, single blocks are to be recomputed, the
+                vocabulary is spread over stages, or activations are offloaded.
         """
-        for problem in vocabulary_problems(plan):
+        for problem in foreign_problems(plan):
             raise PartitionError(problem)
         found = prediction_of(plan)
         time, last = found.time, set(found.layout.stages[-1].blocks)

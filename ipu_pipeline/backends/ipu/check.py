@@ -179,19 +179,27 @@ def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     yield from table_problems(plan)
 
 
-def vocabulary_problems(plan: Plan) -> Iterator[str]:
-    """Say why a vocabulary that is spread over stages cannot run on IPUs."""
+SPREAD_VOCABULARY = (
+    "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
+    "step, each block on one: no pass of its own, in which every IPU works on one "
+    "microbatch's loss, fits between forward and backward pass; plan without vocabulary, "
+    "and serialize the head and the embeddings (serialize_projection, serialize_embedding)"
+)
+
+
+def foreign_problems(plan: Plan) -> Iterator[str]:
+    """Say which decisions of a plan IPUs cannot carry out, whatever its settings."""
     if plan.vocabulary is not None:
+        yield SPREAD_VOCABULARY
+    if any(stage.offload for stage in plan.stages):
         yield (
-            "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
-            "step, each block on one: no pass of its own, in which every IPU works on one "
-            "microbatch's loss, fits between forward and backward pass; plan without vocabulary, "
-            "and serialize the head and the embeddings (serialize_projection, serialize_embedding)"
+            "the plan offloads activations to host memory, which GPUs do; leave it out, with the "
+            "pass 'offload{blocks=none}'"
         )
 
 
-def _vocabulary(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    yield from vocabulary_problems(plan)
+def _foreign(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    yield from foreign_problems(plan)
 
 
 def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -278,7 +286,7 @@ RULES: tuple[Rule, ...] = (
     _tied,
     _order,
     _tables,
-    _vocabulary,
+    _foreign,
     _configuration,
     _scaling,
     _clipping,

@@ -43,11 +43,6 @@ def lower(
     python = find_sdk_python(options.sdk_python)
     materialize(model, options.weights, options.seed)
     _check_options(options, plan)
-    if any(stage.offload for stage in plan.stages):
-        raise LoweringError(
-            "the plan offloads activations to host memory, which GPUs do; leave it out, with the "
-            "pass 'offload{blocks=none}'"
-        )
     _refuse_hooks(model)
     device_optimizer = None
     if optimizer is not None:

@@ -75,7 +75,7 @@ def pipeline_shapes(
         PartitionError: The numbers of stages, devices, blocks and microbatches leave none.
     """
     available = len(machine.devices)
-    _check_devices(graph, constraints, available)
+    _check_devices(graph, constraints, machine)
     found, problem, most = [], "", available // constraints.replicas
     if constraints.layers_per_ipu is None and constraints.stage_devices is None:
         most = min(most, len(graph.blocks))
@@ -112,7 +112,8 @@ def check_depth(graph: BlockGraph, num_stages: int) -> None:
         )
 
 
-def _check_devices(graph: BlockGraph, constraints: Constraints, available: int) -> None:
+def _check_devices(graph: BlockGraph, constraints: Constraints, machine: Machine) -> None:
+    available = len(machine.devices)
     devices, replicas = constraints.stage_devices, constraints.replicas
     if devices is not None and (not devices or min(devices) < 0 or max(devices) >= available):
         raise PartitionError(
@@ -126,7 +127,7 @@ def _check_devices(graph: BlockGraph, constraints: Constraints, available: int) 
     if needed * replicas > available:
         raise PartitionError(
             f"{depth} stages x {replicas} replicas need {needed * replicas} devices, the machine "
-            f"offers {available}"
+            f"offers {available} ({machine.name})"
         )
 
 

@@ -254,3 +254,12 @@ def test_a_vocabulary_spread_over_stages() -> None:
     model, batch = TINY["gpt2-lm"].build(device="meta")
     with pytest.raises(PartitionError, match=r"lock step.*plan without vocabulary"):
         ipp.plan(model, batch, machine="pod4", num_stages=2, vocabulary="even")
+
+
+def test_activations_that_wait_in_host_memory() -> None:
+    first, *others = _plan().stages
+    away = replace(first, offload=(first.blocks[-1],))
+    _refused("offloads activations to host memory, which GPUs do", _stages(_plan(), away, *others))
+    model, batch = TINY["bert-qa"].build(device="meta")
+    with pytest.raises(PartitionError, match=r"which GPUs do; leave it out"):
+        ipp.plan(model, batch, machine="pod4", num_stages=2, passes="offload{blocks=all}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.options.cost_models import estimate
@@ -109,3 +111,27 @@ def test_stages_hold_what_the_whole_model_has(name: str) -> None:
     assert sum(p.numel for p in spread.graph.parameters) == sum(whole.values())
     assert all(stage.vocabulary_s > 0 for stage in made.stages)
     assert with_shares(replace(made, vocabulary=None))[1] == {}
+
+
+def test_ranks_that_share_products_keep_whole_tables() -> None:
+    model, batch = TINY["llama"].build(device="meta")
+    run: dict[str, Any] = {
+        "machine": "a100-80g-x4",
+        "num_stages": 2,
+        "replicas": 1,
+        "settings": {"tp": 2},
+    }
+    assert ipp.plan(model, batch, vocabulary="auto", **run).vocabulary is None
+    with pytest.raises(PartitionError, match=r"tensor parallelism \(tp 2\) cuts tables"):
+        ipp.plan(model, batch, vocabulary="even", **run)
+    with pytest.raises(
+        PartitionError, match=r"the machine offers 2 \(a100-80g-x4, 2 GPUs for each"
+    ):
+        ipp.plan(model, batch, **{**run, "num_stages": 3})
+
+
+def test_a_precision_that_the_devices_do_not_have() -> None:
+    model, batch = TINY["llama"].build(device="meta")
+    for precision in ("float8", "float4"):
+        with pytest.raises(PlanError, match=rf"{precision}, in which .* use bfloat16, float16"):
+            ipp.plan(model, batch, machine="a100-80g-x2", settings={"precision": precision})

@@ -203,6 +203,9 @@ def check_played(plan: Plan) -> None:
     sliced = [name for stage in plan.stages for name, n in stage.serialize.items() if n > 1]
     if sliced:
         found.append(f"serialize of {sliced[0]}")
+    found += [f"offload of {s.offload[0]}" for s in plan.stages if s.offload][:1]
+    if plan.vocabulary is not None:
+        found.append("a vocabulary spread over stages")
     if found:
         raise LoweringError(
             f"the plan has {', '.join(found)}, which a dry run does not play; plan without, or "

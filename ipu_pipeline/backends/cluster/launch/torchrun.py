@@ -38,6 +38,7 @@ _ON_LOOPBACK = {
 _PREFIX, _POINT, _LOCK = "ipu-pipeline-launch-", ".meeting", ".lock"
 # How a rank says that another one is why it has stopped.
 _BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank \d+ .*)", re.DOTALL)
+_ENDPOINT = re.compile(r"(?P<host>\[[\w:.%]+\]|[\w.-]+)(:(?P<port>\d{1,5}))?")
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -185,9 +186,9 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
         endpoint: ``host`` or ``host:port`` of the first node; unused for a single node.
 
     Raises:
-        ValueError: A name has control characters.
+        ValueError: A name has control characters, or the endpoint is none.
     """
-    host, _, port = _plain(endpoint).partition(":")
+    host, port = _host_and_port(endpoint) if spec.num_nodes > 1 else ("", "")
     number, full = spec.processes_per_node, spec.num_full_nodes
     others = spec.num_nodes - full
     where = "on this machine"
@@ -308,6 +309,21 @@ def _share(spec: LaunchSpec) -> str:
 
 def _quoted(text: str) -> str:
     return shlex.quote(_plain(text))
+
+
+def _host_and_port(endpoint: str) -> tuple[str, str]:
+    """Return the two parts of an endpoint; the second is empty where it is left out.
+
+    Raises:
+        ValueError: It has others.
+    """
+    found = _ENDPOINT.fullmatch(_plain(endpoint))
+    if found is None or not 1 <= int(found["port"] or 1) < 1 << 16:
+        raise ValueError(
+            f"the endpoint is {endpoint!r}; give HOST or HOST:PORT with a port from 1 to 65535, an "
+            "IPv6 address in brackets, such as [fe80::1]:29400"
+        )
+    return found["host"], found["port"] or ""
 
 
 def _plain(text: str) -> str:

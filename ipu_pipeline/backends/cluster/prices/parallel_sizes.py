@@ -183,12 +183,19 @@ class GpuSettings:
         except ValueError as error:
             raise PlanError(f"the plan's settings: {error}") from error
 
-    def rank_engine(self, graph: BlockGraph) -> RankEngine:
+    def rank_engine(self, graph: BlockGraph, machine: Machine) -> RankEngine:
         """Return how operations run, and what an element of the state takes.
 
         Raises:
-            PlanError: The precision is not that of the captured model.
+            PlanError: The precision is not that of the captured model, or the devices have none.
         """
+        peaks = machine.devices[0].flops_per_s
+        if self.precision in ("float8", "float4") and self.precision not in peaks:
+            known = ", ".join(name for name in PRECISIONS if name in peaks)
+            raise PlanError(
+                f"the plan's settings ask for precision {self.precision}, in which the devices of "
+                f"{machine.name} do not multiply; use {known}"
+            )
         captured = dtype_of(graph)
         plain, wanted = captured == "float32", self.precision
         if wanted and wanted != captured and (plain or wanted in ("float32", "float16")):

@@ -67,7 +67,7 @@ class RankCosts:
     @cached_property
     def pricer(self) -> RankPricer:
         """Prices of blocks as they run plainly."""
-        engine = self.settings.rank_engine(self.work.graph)
+        engine = self.settings.rank_engine(self.work.graph, self.work.machine)
         return RankPricer(self.work.graph, self.work.machine, self.sizes, engine)
 
     def all(self) -> GraphCosts:
@@ -251,6 +251,7 @@ def rank_machine(work: Workload, pricer: RankPricer) -> Machine:
     boards = machine.board_link
     return replace(
         machine,
+        name=f"{machine.name}, {shared} GPUs for each" if shared > 1 else machine.name,
         devices=_rank_devices(machine, shared, stride),
         link=link(machine.link),
         board_link=None if boards is None else link(boards),

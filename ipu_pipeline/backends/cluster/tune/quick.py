@@ -236,7 +236,9 @@ class Profiles:
     ) -> None:
         """Price ``graphs`` (by micro batch) on ``machine``."""
         self._graphs, self._machine = graphs, machine
-        self._engines = {size: settings.rank_engine(graph) for size, graph in graphs.items()}
+        self._engines = {
+            size: settings.rank_engine(graph, machine) for size, graph in graphs.items()
+        }
         self._chains: dict[tuple[Any, ...], ChainProfile] = {}
         self._blocks: Known = {}
         rooms = (one.memory_bytes - one.reserved_bytes for one in machine.devices)

@@ -90,8 +90,9 @@ class GpuRequest:
             wrong += ["recompute"] if any(self.parts[0]) else []
             if wrong:
                 raise ValueError(
-                    f"{', '.join(wrong)}: this project's own processes (engine torch) share no "
-                    "tensors, tokens or experts; leave it out, or plan for engine megatron"
+                    f"{', '.join(wrong)}: of this project's own processes (engine torch) tune "
+                    "searches pipelines and replicas; leave it out, tune for engine megatron, or "
+                    "give tp to plan"
                 )
 
     @property

@@ -17,7 +17,7 @@ from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.cli import app
 from ipu_pipeline.compiler import plan
 from ipu_pipeline.errors import LoweringError, PlanError
-from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.plan import Plan, VocabularyRows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8,
@@ -125,6 +125,14 @@ def test_what_cannot_be_played_is_refused(config: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(LoweringError, match=f"the plan has {named}, which a dry run"):
             dry_run(replace(made, settings={**made.settings, **settings}), 0)
+    away = replace(made.stages[0], offload=made.stages[0].blocks[:1])
+    spread = replace(made, vocabulary=VocabularyRows(((0, 0, 9),)))
+    for wrong, named in (
+        (replace(made, stages=(away, *made.stages[1:])), "offload of "),
+        (spread, "a vocabulary spread over stages"),
+    ):
+        with pytest.raises(LoweringError, match=f"the plan has {named}"):
+            dry_run(wrong, 0)
     with pytest.raises(LoweringError, match="a dry run plays training on GPUs with known kernels"):
         dry_run(replace(made, graph=replace(made.graph, training=False)), 0)
     other = LlamaConfig(**{**SIZES, "num_hidden_layers": 4})

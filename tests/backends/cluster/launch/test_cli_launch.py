@@ -108,6 +108,13 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
             "error: --rdzv-endpoint is for --print: here, and under Slurm, the processes find",
         ),
         (["plan.json", "--rdzv-endpoint", "n1", "a.py"], "error: --rdzv-endpoint is for --print"),
+        *(
+            (
+                ["plan.json", "--nodes", "2", "--rdzv-endpoint", wrong, "--print", "a.py"],
+                f"error: the endpoint is {wrong!r}; give HOST or HOST:PORT with a port from 1 to",
+            )
+            for wrong in ("n1:99999", "n1:0", "n1:", "fe80::1", "")
+        ),
     ],
 )
 def test_errors_are_one_message(folder: Path, started, arguments: list[str], message: str) -> None:
@@ -125,6 +132,9 @@ def test_print_starts_nothing(folder: Path, started) -> None:
     assert f"{folder / 'a.py'} 'x y'" in result.stdout
     given = invoke("plan.json", "--nodes", "2", "--rdzv-endpoint", "n1:5", "--print", "a.py")
     assert "--rdzv-endpoint n1:5 " in given.stdout
+    six = invoke("plan.json", "--nodes", "2", "--rdzv-endpoint", "[fe80::1]", "--print", "a.py")
+    assert "[fe80::1] is one of them" in six.stdout
+    assert "--rdzv-endpoint '[fe80::1]:29400' " in six.stdout
     here = invoke("plan.json", "--print", "a.py")
     assert "--standalone" in here.stdout
     assert not started

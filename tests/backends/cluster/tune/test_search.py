@@ -206,7 +206,10 @@ def replace_vocabulary(graph: BlockGraph, factor: int) -> BlockGraph:
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"schedule": "nix"}, "nix"),
-        ({"settings": GpuSettings(), "tp": 2}, "tp: this project's own processes .* share no"),
+        (
+            {"settings": GpuSettings(), "tp": 2},
+            "tp: of this project's own processes .* tune searches",
+        ),
         ({"vocabulary": "auto"}, "engine megatron does not spread the vocabulary over stages"),
         (
             {"settings": GpuSettings(), "vocabulary": "even"},
