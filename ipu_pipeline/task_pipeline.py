@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from transformers import Pipeline
 from transformers import pipeline as transformers_pipeline
@@ -25,8 +26,10 @@ class PipelinedModel:
     It is called and generates through an executable; all else is the model's own.
     """
 
+    executable: Executable
+
     def __init__(self, executable: Executable) -> None:
-        self.executable = executable
+        vars(self)["executable"] = executable
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
@@ -36,6 +39,17 @@ class PipelinedModel:
     def __getattr__(self, name: str) -> Any:
         """Return what the model has."""
         return getattr(self.executable.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what the model has."""
+        setattr(self.executable.model, name, value)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as it does, with the weights of all stages; every process calls this."""
+        state = self.executable.state_dict()
+        if getattr(self.executable, "groups", None) is None or dist.get_rank() == 0:
+            model: Any = self.executable.model
+            model.save_pretrained(*args, **{"state_dict": state, **kwargs})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass."""
@@ -62,7 +76,7 @@ def pipeline(
     model: nn.Module | Executable,
     plan: Plan | None = None,
     *,
-    target: str = "local",
+    target: str | None = None,
     compile_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
@@ -72,19 +86,25 @@ def pipeline(
         task: One of transformers', such as ``text-classification`` or ``text-generation``.
         model: The model, or what it was compiled to, which goes on to train in between.
         plan: Of the model; ``None`` for an executable.
-        target: Where the plan runs, see :func:`ipu_pipeline.compile`. In processes each of them
-            makes the pipeline and calls it with the same inputs.
+        target: Where the plan runs, ``None`` for ``local``; see :func:`ipu_pipeline.compile`. In
+            processes each of them makes the pipeline and calls it with the same inputs.
         compile_options: Further options of :func:`ipu_pipeline.compile`.
         **options: Those of ``transformers.pipeline``: tokenizer, batch_size, ...
 
     Raises:
         LoweringError: The target or the task cannot run so.
-        ValueError: There is a plan and an executable, or neither.
+        ValueError: There is a plan and an executable, or neither; an executable is given, and how
+            to make one.
     """
     if isinstance(model, Executable) == (plan is not None):
         raise ValueError(
             "pipeline takes a model and its plan, or an executable alone; give "
             "pipeline(task, model, plan) or pipeline(task, executable)"
+        )
+    if isinstance(model, Executable) and (target is not None or compile_options):
+        raise ValueError(
+            "target and compile_options say how a model is compiled, and an executable is given, "
+            "which is; leave them out, or give pipeline(task, model, plan)"
         )
     name = check_task(task)[0]
     if name in _OTHER_CALLS:
@@ -98,9 +118,11 @@ def pipeline(
     else:
         assert plan is not None
         executable = compile_plan(
-            model, plan, target=target, training=False, **(compile_options or {})
+            model, plan, target=target or "local", training=False, **(compile_options or {})
         )
     facade: Any = PipelinedModel(executable)
+    placed = getattr(facade, "hf_device_map", None)  # then they know the device, and refuse ours
+    device = {} if placed else {"device": facade.device}
     make: Any = transformers_pipeline
-    found: Pipeline = make(task, model=facade, **{"device": facade.device, **options})
+    found: Pipeline = make(task, model=facade, **{**device, **options})
     return found

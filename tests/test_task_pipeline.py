@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,19 @@ def _assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
+def test_its_model_is_set_and_saved_as_a_model_is(tmp_path: Path) -> None:
+    model = _bert("MaskedLM")
+    model.hf_device_map = {"": "cpu"}  # as accelerate notes it
+    plan = ipp.plan(model, IDS, num_stages=2, microbatches=1)
+    ours = ipp.pipeline("fill-mask", model, plan, tokenizer=_tokenizer())
+    ours.model.marked = 3
+    assert model.marked == 3
+    ours.save_pretrained(tmp_path)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     model = _bert("MaskedLM")
     plan = ipp.plan(model, IDS, num_stages=2, microbatches=1)
@@ -132,6 +146,11 @@ def test_what_it_cannot_do_is_refused() -> None:
         ipp.pipeline("mask-generation", model, plan)
     with pytest.raises(ValueError, match="takes a model and its plan, or an executable alone"):
         ipp.pipeline("fill-mask", model)
+    with (
+        ipp.compile(model, plan, training=False) as made,
+        pytest.raises(ValueError, match="target and compile_options say how a model is compiled"),
+    ):
+        ipp.pipeline("fill-mask", made, target="distributed")
     ours = ipp.pipeline("fill-mask", model, plan, tokenizer=_tokenizer())
     with pytest.raises(LoweringError, match="the pipeline's device is cuda and the executable's"):
         ours.model.to("cuda")

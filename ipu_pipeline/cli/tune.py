@@ -55,7 +55,8 @@ Schedule = Annotated[
     str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
 ]
 Vocabulary = Annotated[
-    str | None, typer.Option("--vocabulary", help="GPUs: auto tries it spread over stages, too.")
+    str | None,
+    typer.Option("--vocabulary", help="Engine torch: auto tries it spread, too."),
 ]
 Engine = Annotated[
     str | None,

@@ -8,6 +8,7 @@ stage, then behind the backward pass.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -286,8 +287,7 @@ class LiveSteps(TargetSteps):
             if not whole and run.may_suspend(self._modes(), kwargs):
                 return self._trainer._widened(run.call(forward, args, kwargs))
             run.further_calls += not generates(kwargs)
-            self._before_further_call(run)
-            with unseen(model):
+            with self._further_call(run), unseen(model):
                 return self._trainer._in_one_piece(forward, args, kwargs)
         if RUN in kwargs:
 
@@ -298,8 +298,9 @@ class LiveSteps(TargetSteps):
             return self._live.view(hidden, kwargs)
         return forward(*args, **kwargs)
 
-    def _before_further_call(self, run: LossRun) -> None:
-        """Make the weights ready for a call of the whole model."""
+    def _further_call(self, run: LossRun) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Surround a call of the whole model, for which the weights are made ready."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def _ready(self, part: Mapping[str, Any]) -> Executable:

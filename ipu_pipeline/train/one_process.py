@@ -12,21 +12,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, operations  # type: ignore[import-untyped]
 from accelerate.utils.operations import recursively_apply  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ipu_pipeline.train.arguments import process_index
 
+logger = logging.get_logger(__name__)
 Clip = Callable[[Any, float], Tensor]
 
 
@@ -44,6 +49,16 @@ def as_one_process(arguments: TrainingArguments) -> TrainingArguments:
     }
     found: TrainingArguments = object.__new__(type(kind.__name__, (kind,), members))
     found.__dict__ = vars(arguments)
+    counted: Any = getattr(arguments, "generation_batch_size", None)
+    steps: Any = getattr(arguments, "steps_per_generation", None)
+    if counted and steps:  # TRL has counted the prompts of as many copies of the trainer
+        number = arguments.per_device_train_batch_size * steps
+        if number != counted:
+            logger.warning(
+                "generation_batch_size is %d, of the one copy of the pipeline in all processes; "
+                "it was %d, counted for one in each", number, counted
+            )  # fmt: skip
+        vars(found)["generation_batch_size"] = number
     return found
 
 
@@ -55,6 +70,37 @@ def _alone(state: Any) -> Any:
     found.process_index = process_index()
     found.local_process_index = int(os.environ.get("LOCAL_RANK", process_index()))
     return found
+
+
+def random_states() -> list[Any]:
+    """Return the states of Python's, numpy's and torch's random generators as plain data."""
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = of_numpy
+    torchs = torch.get_rng_state().numpy().tobytes()
+    return [random.getstate(), [name, np.asarray(keys).tolist(), *rest], torchs]
+
+
+def set_random_states(states: Sequence[Any]) -> None:
+    """Set what :func:`random_states` has returned, perhaps in another process."""
+    (version, numbers, gauss), (name, keys, *rest), torchs = states
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.frombuffer(bytearray(torchs), dtype=torch.uint8))
+
+
+@contextlib.contextmanager
+def alone_in_accelerate() -> Iterator[None]:
+    """Let accelerate's functions (``gather``, ``reduce``, ...) see one process, as its class does.
+
+    Trainers call them besides the accelerator's methods. They still wait for each other.
+    """
+    before = operations.PartialState
+    state = _alone(before())
+    operations.PartialState = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        operations.PartialState = before
 
 
 class WholeBatchAccelerator(Accelerator):
@@ -81,6 +127,11 @@ class WholeBatchAccelerator(Accelerator):
         if isinstance(begin, partial) and "rank" in begin.keywords:
             data_loader.worker_init_fn = partial(begin, rank=0)
         return super().prepare_data_loader(data_loader, *args, **kwargs)
+
+    @property
+    def process_index(self) -> int:
+        """The first and only one, for code that takes its part of what was gathered."""
+        return 0
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
         """Clip by the norm over the gradients of all processes.

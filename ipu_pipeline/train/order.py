@@ -34,6 +34,11 @@ from ipu_pipeline.train.live_loss import HOOKS, LossRun
 
 logger = get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "ipu_pipeline")
+# Their globals, too, are no state of the user's code; threads of theirs may change them any time.
+_FURTHER_LIBRARIES = (sys.stdlib_module_names - {"test"}) | {
+    "huggingface_hub", "datasets", "tokenizers", "safetensors", "filelock", "fsspec", "httpx",
+    "requests", "packaging", "tqdm", "rich", "jinja2", "pandas", "pyarrow",
+}  # fmt: skip
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _MOVING = (
     torch.Generator, random.Random, np.random.Generator, types.GeneratorType, itertools.count,
@@ -293,7 +298,8 @@ def _plain_function(value: Any) -> types.FunctionType | None:
 
 
 def _of_library(namespace: Mapping[str, Any]) -> bool:
-    return str(namespace.get("__name__", "")).split(".")[0] in _LIBRARIES
+    package = str(namespace.get("__name__", "")).split(".")[0]
+    return package in _LIBRARIES or package in _FURTHER_LIBRARIES
 
 
 def _named(name: str, value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
@@ -322,6 +328,8 @@ def _described(value: Any, depth: int = 2) -> Any:
         return id(value), _position(value)
     if isinstance(value, np.ndarray):
         return id(value), crc32(value.tobytes()) if value.nbytes <= _COMPARED_BYTES else None
+    if isinstance(value, (set, frozenset)):  # whose order says nothing, and may change with a copy
+        return id(value), len(value), hash(frozenset(value))
     if isinstance(value, _CONTAINERS):
         return id(value), len(value), _last_members(value, depth - 1) if depth else None
     return id(value)
@@ -341,7 +349,8 @@ def _position(value: Any) -> Any:
 
 
 def _last_members(value: Any, depth: int) -> list[Any]:
-    flat = itertools.chain(*value.items()) if isinstance(value, dict) else value
+    # Not its own ``items``, which may compute them: a lazy mapping of transformers imports them.
+    flat = itertools.chain(*dict.items(value)) if isinstance(value, dict) else value
     return [_described(member, depth) for member in deque(flat, maxlen=_COMPARED)]
 
 

@@ -44,7 +44,13 @@ from ipu_pipeline.stages.materialize import is_on_meta
 from ipu_pipeline.train.arguments import num_processes, process_index
 from ipu_pipeline.train.live_loss import HandedIn, LossRun, calls_of
 from ipu_pipeline.train.live_steps import LiveSteps
-from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
+from ipu_pipeline.train.one_process import (
+    WholeBatchAccelerator,
+    alone_in_accelerate,
+    as_one_process,
+    random_states,
+    set_random_states,
+)
 from ipu_pipeline.train.share import ShareOfData, mark_of
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
 
@@ -195,9 +201,22 @@ class ProcessSteps(LiveSteps, CollectedSteps):
                 id(p) for p in model.parameters() if p.requires_grad or sliced
             )
 
-    def _before_further_call(self, run: LossRun) -> None:
-        if not run.elsewhere:  # in an evaluation; a step has checks of what is used
+    @contextlib.contextmanager
+    def _further_call(self, run: LossRun) -> Iterator[None]:
+        """Have whole weights where all processes are in the same call, which needs no gradient.
+
+        So it is in an evaluation, and in a step before the code calls the model to train it:
+        trainers generate there. Elsewhere in a step what is used is checked.
+        """
+        kept = run.elsewhere
+        begins = run.inputs is None and not run.rounds and not torch.is_grad_enabled()
+        if not kept or (begins and not self._num_whole):
+            run.elsewhere = frozenset()
             self.fetch()
+        try:
+            yield
+        finally:
+            run.elsewhere = kept
 
     def _train(self, parts: list[HandedIn], weights: list[float], first: int) -> list[float]:
         """Run microbatches; their code has then seen what the model returns in all processes."""
@@ -382,9 +401,11 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         self._depth += 1
         try:
             if self._depth == 1:
-                found = self._group.gather(self._events_of_users())
-                self._read_at = frozenset(event for events in found for event in events)
-            yield
+                found = self._group.gather([self._events_of_users(), random_states()])
+                self._read_at = frozenset(event for events, _ in found for event in events)
+                set_random_states(found[0][1])  # a trainer may seed every process otherwise
+            with alone_in_accelerate():
+                yield
             if self._depth == 1:
                 self.fetch()  # whoever reads the model then finds whole weights
         except BaseException as error:

@@ -1,6 +1,7 @@
 """What a trainer class and its arguments can ask for and a pipeline cannot do.
 
-``REFUSED_ARGUMENTS`` and ``REFUSED_METHODS`` are tables: ``refusals()`` is what documents show.
+``REFUSED_ARGUMENTS``, ``REFUSED_VALUES`` and ``REFUSED_METHODS`` are tables: ``refusals()`` is what
+documents show.
 """
 
 from __future__ import annotations
@@ -36,10 +37,28 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "replicated_tensor_sharding": (_EVERYWHERE, "there is one copy of the pipeline"),
     "master_weights": (_EVERYWHERE, "transformers steps the optimizer; use "
                        "ipu_pipeline.train.train"),
+    "fp16": (_SEVERAL, "the loop would let each process skip steps by itself: use bf16=True, or "
+             "ipu_pipeline.train.train, where all skip the same ones; IPUs have no autocast: call "
+             "model.half() before"),
+    "bf16": (("poptorch",), "IPUs have no autocast and no bfloat16; call model.half() before for "
+             "float16"),
+    "gradient_checkpointing": (("poptorch",), "what IPUs recompute is the plan's to say; give "
+                               "ipu_config=IPUConfig(recompute=True)"),
     "save_on_each_node": (("distributed",), "the first process writes the whole model into a "
                           "folder that all machines share"),
 }  # fmt: skip
-# They change weights inside the backward pass, where stages run at the same time.
+# Values of arguments that may not be chosen; the same.
+REFUSED_VALUES: dict[str, tuple[tuple[str, ...], str]] = {
+    "two GPUs or more": (("local",), "the stages of one process share its device"),
+    "a GPU": (_SEVERAL, "processes of a trainer compute on CPUs, IPUs by themselves"),
+    "optim='lomo', 'layerwise'": (_EVERYWHERE, "it steps inside the backward pass, before the "
+                                  "stages have summed their gradients"),
+    "debug='underflow_overflow'": (_EVERYWHERE, "it watches modules that a captured model does "
+                                   "not call"),
+    "torch_compile_backend, torch_compile_mode": (("local",), "blocks are compiled by inductor in "
+                                                  "its default mode"),
+    "loss_scaling with fp16": (("local",), "the loop scales losses by torch's GradScaler"),
+}  # fmt: skip
 _IN_BACKWARD = ("lomo", "layerwise")
 _CHECKPOINTING = frozenset({"use_reentrant"})
 
@@ -145,15 +164,13 @@ def check_arguments(args: Any, target: str = "local") -> None:
         ValueError: One of them is set; the message names it and the remedy.
     """
     for name, (targets, reason) in REFUSED_ARGUMENTS.items():
-        if target in targets and getattr(args, name, None):
+        is_set = recomputes(args) if name == "gradient_checkpointing" else getattr(args, name, None)
+        if target in targets and is_set:
             where = "" if targets == _EVERYWHERE else f" on target={target!r}"
             raise ValueError(
                 f"{name} does not go with PipelineTrainer{where} ({reason}); leave it out"
             )
-    if target == "poptorch":
-        _check_for_ipus(args)
-    else:
-        _check_for_stages(args, target)
+    _check_for_stages(args, target)
     if args.device.type != "cpu" and (target != "local" or args.n_gpu > 1):
         raise ValueError(
             "PipelineTrainer runs on CPUs, with target='local' also on one GPU, and the arguments "
@@ -187,12 +204,6 @@ def _check_for_stages(args: Any, target: str) -> None:
             f"torch_compile compiles blocks by inductor in its default mode here, not by {backend} "
             f"in mode {mode}; leave torch_compile_backend and torch_compile_mode out"
         )
-    if args.fp16 and target == "distributed":
-        raise ValueError(
-            "fp16 does not go with target='distributed' in PipelineTrainer, whose loop lets each "
-            "process skip steps by itself; use bf16=True, or ipu_pipeline.train.train, where all "
-            "processes skip the same steps"
-        )
     if args.fp16 and getattr(args, "loss_scaling", None) is not None:
         raise ValueError(
             f"loss_scaling={args.loss_scaling} does not go with fp16 in PipelineTrainer, whose "
@@ -203,20 +214,6 @@ def _check_for_stages(args: Any, target: str) -> None:
             f"with target='local' there is one copy of the pipeline, and replicas is "
             f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
             "processes (torchrun)"
-        )
-
-
-def _check_for_ipus(args: Any) -> None:
-    """Refuse what IPUs do in another way, or not at all."""
-    if recomputes(args):
-        raise ValueError(
-            "gradient_checkpointing is the other targets': what IPUs recompute is the plan's to "
-            "say; leave it out, and give ipu_config=IPUConfig(recompute=True)"
-        )
-    if args.bf16 or args.fp16:
-        raise ValueError(
-            "IPUs have no autocast and no bfloat16; leave bf16 and fp16 out, and call model.half() "
-            "before for float16"
         )
 
 
@@ -276,7 +273,7 @@ def uncompiled(options: dict[str, Any]) -> dict[str, Any]:
 def refusals() -> str:
     """Return the tables of what is refused, in Markdown."""
     lines = ["| argument | refused on | why |", "|---|---|---|"]
-    for name, (targets, reason) in REFUSED_ARGUMENTS.items():
+    for name, (targets, reason) in [*REFUSED_ARGUMENTS.items(), *REFUSED_VALUES.items()]:
         where = "every target" if targets == _EVERYWHERE else ", ".join(targets)
         lines.append(f"| `{name}` | {where} | {reason} |")
     lines += ["", "| method of another class | why |", "|---|---|"]

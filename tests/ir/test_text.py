@@ -60,5 +60,5 @@ def test_a_wide_table_keeps_its_numbers_whole() -> None:
     assert text.count(number) == 6
     assert "…" not in text
     first = text.splitlines()[0].index("milliseconds")
-    words = "".join(line[:first].strip() for line in text.splitlines()[2:])
-    assert words == "embeddings .." + "a_long_name" * 9
+    words = "".join(line[:first] for line in text.splitlines()[2:])
+    assert words.replace(" ", "") == "embeddings.." + "a_long_name" * 9

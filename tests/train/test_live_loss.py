@@ -17,6 +17,7 @@ from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
 from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of
+from ipu_pipeline.train.order import _described
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.later import in_turn, one_in
 from tests.tiny_models import TINY
@@ -378,3 +379,14 @@ def test_tensors_that_the_model_does_not_return_are_refused(tmp_path) -> None:
     message = r"uses \(mean\) a \(2, 6, 16\) tensor that the model computed and did not return"
     with pytest.raises(CaptureError, match=message):
         trained(make, PipelineTrainer, tmp_path)
+
+
+def test_another_order_of_a_set_is_no_change() -> None:
+    names = {"resolve", "tree", "blob", "raw", "refs"}
+    before, members = _described(names), sorted(names)
+    for member in members:  # as a capture puts back what it has kept
+        names.discard(member)
+        names.add(member)
+    assert _described(names) == before
+    names.add("settings")
+    assert _described(names) != before

@@ -60,7 +60,8 @@ PLAIN = {
             "auto_find_batch_size does not go",
         ),
         ({"fp16": True, "loss_scaling": 64.0}, "loss_scaling=64.0 does not go with fp16 in Pipe"),
-        ({"fp16": True, "target": "distributed"}, "fp16 does not go with target='distributed'"),
+        ({"fp16": True, "target": "distributed"}, "fp16 does not go with .* target='distributed' "),
+        ({"gradient_checkpointing": True, "target": "poptorch"}, "what IPUs recompute is the plan"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
             "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True, or let it see one GPU",

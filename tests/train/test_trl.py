@@ -26,7 +26,7 @@ def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("text", "reference"),
+        ("text", "reference", "rewards_of_generated"),
         ("prompt_completion", "packing", "dft", "without_adapters", "precomputed", "reward"),
     ],
 )

@@ -73,6 +73,10 @@ def lora() -> Any:
     return peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
 
 
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    return [sum(text.count(vowel) for vowel in "aeio") - 0.1 * len(text) for text in completions]
+
+
 def sft(rows: Any, more: dict[str, Any] | None = None, **config: Any) -> tuple[Any, ...]:
     return "SFT", rows, config, more or {}
 
@@ -99,6 +103,10 @@ FORMS: dict[str, tuple[Any, ...]] = {
     "several_losses": dpo({"ref_model": causal_lm}, loss_type=["sigmoid", "ipo", "sft"],
                           loss_weights=[0.8, 0.2, 1.0], ld_alpha=0.5),
     "reward": ("Reward", preferences(), {}, {}),
+    "rewards_of_generated": ("GRPO", [{"prompt": row["prompt"]} for row in completions()],
+                             {"num_generations": 2, "max_completion_length": 6, "beta": 0.1,
+                              "scale_rewards": "batch", "per_device_eval_batch_size": 4},
+                             {"reward_funcs": vowels}),
 }  # fmt: skip
 
 
@@ -121,8 +129,8 @@ def made(name: str, folder: str, *, pipeline: bool, **changes: Any) -> Any:
         output_dir=folder, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, save_strategy="no", max_steps=3, learning_rate=0.02,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, seed=3,
-        per_device_eval_batch_size=3, optim="sgd", lr_scheduler_type="constant",
-        **{"gradient_checkpointing": False, **config, **changes},
+        optim="sgd", lr_scheduler_type="constant",
+        **{"gradient_checkpointing": False, "per_device_eval_batch_size": 3, **config, **changes},
     )  # fmt: skip
     more = {k: v() if k in ("ref_model", "peft_config") else v for k, v in more.items()}
     data = datasets.Dataset.from_list(copy.deepcopy(rows))
@@ -137,7 +145,7 @@ def trained(name: str, folder: str, *, pipeline: bool = True, **changes: Any) ->
     trainer = made(name, folder, pipeline=pipeline, **changes)
     trainer.train()
     trainer.evaluate()
-    times = ("runtime", "per_second", "flos")
+    times = ("runtime", "per_second", "flos", "step_time")
     history = [
         {k: v for k, v in entry.items() if not any(word in k for word in times)}
         for entry in trainer.state.log_history

@@ -19,7 +19,12 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     refuse_between_blocks,
     refuse_whole_tensors,
 )
-from ipu_pipeline.backends.cluster.inference import agreed, call_on_ranks, refuse
+from ipu_pipeline.backends.cluster.inference import (
+    agreed,
+    call_on_ranks,
+    check_same_tokens,
+    refuse,
+)
 from ipu_pipeline.backends.cluster.joining import Joining, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
@@ -273,7 +278,10 @@ class DistributedExecutable(Executable):
             self._batch_check.check(what, self.global_step, *named)
             share_buffers(self._changing, self.groups)
             changing = agreed(self.model, self._changing, self.groups)
-            return call_on_ranks(self.model, self.plan, self.groups, changing, name, calls)
+            results = call_on_ranks(self.model, self.plan, self.groups, changing, name, calls)
+            if name == "generate":
+                check_same_tokens(results, self.groups)
+            return results
 
     # ---- state --------------------------------------------------------------------------
 

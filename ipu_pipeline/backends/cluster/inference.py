@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils.generic import ModelOutput
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.placed import PlacedTensor, RankProgram, placed_in
 from ipu_pipeline.backends.cluster.ranks.waiting import POLL_S, GivenUp, Waiter
+from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.calls import (
@@ -28,6 +36,11 @@ from ipu_pipeline.stages.calls import (
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
+# Objects that change while tokens are drawn: calls that share one run in turn.
+_CHANGING = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
+             "assistant_model")  # fmt: skip
+# They decide by tokens alone, which all ranks have.
+_BY_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
 
 def refuse(
@@ -107,12 +120,15 @@ def call_on_ranks(
 ) -> list[Any]:
     """Call a method of the model on all ranks; of several calls all are in flight at once.
 
-    Each draws as if it were alone. On GPUs, whose messages have no tags, they run in turn.
+    Each draws as if it were alone. On GPUs, whose messages have no tags, they run in turn, as where
+    calls share what changes with every token.
     """
     device = groups.device
+    share = any(given.get(name) is not None for _, given in calls for name in _CHANGING)
     held = {**positions_of_weights(model, plan, groups.layout), **changing}
     with entering_stages(model, plan, groups.layout) as begun:
-        if len(calls) > 1 and device.type == "cpu" and groups.layout.num_ranks > 1:
+        in_flight = len(calls) > 1 and device.type == "cpu" and not share
+        if in_flight and groups.layout.num_ranks > 1:
             return _in_flight(model, groups, held, begun, name, calls)
         states, results = generator_states(device), []
         for call in calls:
@@ -120,6 +136,23 @@ def call_on_ranks(
             with begun(RankProgram(groups, held)) as whole:
                 results.append(whole(called(model, name, call, device)))
         return results
+
+
+def check_same_tokens(results: Sequence[Any], groups: Groups) -> None:
+    """Refuse tokens that are not those of the other ranks; all of them call this.
+
+    Raises:
+        LoweringError: Something has drawn or decided otherwise in another process.
+    """
+    drawn = [t.tolist() for t in tensors_in(results) if not t.is_floating_point()]
+    found = groups.ranks.gather(hashlib.blake2b(repr(drawn).encode()).hexdigest(), str)
+    if len(set(found)) > 1:
+        raise LoweringError(
+            "the ranks have drawn different tokens, so that none of them is right: a logits "
+            "processor or a function that is given looks at a clock, or draws from generators of "
+            "its own; seed random and numpy alike on all ranks (transformers.set_seed), or use "
+            "target='local'"
+        )
 
 
 # ---- several calls -------------------------------------------------------------------------------
@@ -237,15 +270,43 @@ def entering_stages(
         finally:
             del current.program
 
+    parts: list[Any] = [] if layout.num_ranks == 1 else [*filter(_generates, model.modules())]
     hooks = [] if layout.num_ranks == 1 else [
         *_block_hooks(model, plan, layout, current),
-        *(part.register_forward_hook(_leaves) for part in model.modules() if _generates(part)),
+        *(part.register_forward_hook(_leaves) for part in parts),
     ]  # fmt: skip
+    for part in parts:
+        part._get_stopping_criteria = _agreed_criteria(part._get_stopping_criteria, current)
     try:
         yield begun
     finally:
+        for part in parts:
+            del part._get_stopping_criteria
         for hook in hooks:
             hook.remove()
+
+
+def _agreed_criteria(made: Callable[..., Any], current: threading.local) -> Callable[..., Any]:
+    """Return what makes stopping criteria that decide on all ranks as on the first one."""
+
+    def agreed(*args: Any, **kwargs: Any) -> Any:
+        criteria = made(*args, **kwargs)
+        by_tokens = all(type(one) in _BY_TOKENS for one in criteria)
+        return criteria if by_tokens else _OfFirstRank(criteria, current.program)
+
+    return agreed
+
+
+class _OfFirstRank(StoppingCriteriaList):
+    """Stopping criteria of which one looks at a clock, or at something else of one process."""
+
+    def __init__(self, criteria: Any, program: RankProgram) -> None:
+        super().__init__(criteria)
+        self._program = program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return which sequences are done."""
+        return self._program.of_first(super().__call__(*args, **kwargs))
 
 
 def positions_of_weights(model: nn.Module, plan: Plan, layout: Layout) -> dict[Tensor, int]:

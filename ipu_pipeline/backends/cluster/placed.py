@@ -320,6 +320,12 @@ class RankProgram(TorchFunctionMode):
             self.send(tensor, position)
         return tensor.value
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """Return what the first position has in place of a tensor, on all of them."""
+        with torch._C.DisableTorchFunction():
+            value = tensor if self._own == 1 else _shape(tensor)
+            return self.everywhere(PlacedTensor.of(value, 1, self._links.device))
+
     def send(self, tensor: PlacedTensor, target: int) -> None:
         """Send a tensor to a position, from the nearest one before that has it."""
         if not tensor.positions >> target & 1:

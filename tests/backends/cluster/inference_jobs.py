@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import set_seed
+from transformers import LogitsProcessor, set_seed
+from transformers.generation import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster.inference import positions_of_weights
@@ -87,3 +89,50 @@ def refused(planned: dict[str, Any], **options: Any) -> str:
     with made, pytest.raises(PipelineError) as caught:
         made.generate(**inputs_of(batch))
     return str(caught.value)
+
+
+class _Stops(StoppingCriteria):
+    """Stops behind a length that is another one on every rank, as a clock would."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        length = input_ids.shape[1]
+        return torch.full((len(input_ids),), length >= (10 if dist.get_rank() == 0 else 99))
+
+
+class _Heard(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.tolist())
+
+    def end(self) -> None:
+        self.tokens.append("end")
+
+
+class _Favours(LogitsProcessor):
+    """Favours a token that is another one on every rank."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + 1e3 * torch.eye(scores.shape[1])[3 + dist.get_rank()]
+
+
+def decided_otherwise() -> dict[str, Any]:
+    """Generate with what is not the same on all ranks, or not the same for every token."""
+    made, batch = compiled("gpt2-lm", planned={"num_stages": 2}, learning_rate=None)
+    ids, found = batch["input_ids"][:2, :8], {}
+    with made:
+        found["stopped"] = made.generate(input_ids=ids, stopping_criteria=[_Stops()], **LENGTHS)
+        heard, alone = _Heard(), _Heard()
+        parts = [{"input_ids": ids[n : n + 1]} for n in range(2)]
+        made.generate_parts(parts, streamer=heard, **LENGTHS)
+        for part in parts:
+            made.generate(**part, streamer=alone, **LENGTHS)
+        found["in_turn"] = heard.tokens == alone.tokens
+        with pytest.raises(PipelineError) as caught:
+            made.generate(input_ids=ids, logits_processor=[_Favours()], **LENGTHS)
+        found["refused"] = str(caught.value)
+        found["left"] = [name for name in vars(made.model) if "criteria" in name]
+    return {**found, "stopped": found["stopped"].shape[1]}

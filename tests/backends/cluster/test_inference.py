@@ -39,6 +39,15 @@ def test_weights_that_a_rank_does_not_have_are_not_used(two: Processes, tmp_path
         assert "`model_kwargs` are not used by the model: ['nothing']" in refused[1]
 
 
+def test_ranks_decide_alike(two: Processes) -> None:
+    """Clocks count on the first rank only, streamers hear batch after batch, chance is refused."""
+    for found in two.run("inference_jobs.decided_otherwise"):
+        assert found["stopped"] == 10
+        assert found["in_turn"]
+        assert "the ranks have drawn different tokens, so that none" in found["refused"]
+        assert found["left"] == []
+
+
 @pytest.mark.acceptance
 def test_four_stages_and_two_replicas(four: Processes) -> None:
     for name in ("gpt2-lm", "t5", "bart", "llama", "mixtral", "whisper"):
