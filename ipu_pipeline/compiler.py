@@ -31,7 +31,7 @@ from ipu_pipeline.planner.backend import (
     backend_of,
     find_machine,
 )
-from ipu_pipeline.planner.options.vocabulary import vocabulary_rows
+from ipu_pipeline.planner.options.vocabulary import known_shares, vocabulary_rows
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem
 from ipu_pipeline.planner.search import Constraints
@@ -104,10 +104,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     manager = PassManager.parse(passes)
     limited = constraints or Constraints()
     depth = depth_of(_said(num_stages, limited, "num_stages"), config)
-    asked = replace(limited, num_stages=depth)
-    if vocabulary is not None:
-        shares = vocabulary if isinstance(vocabulary, str) else (*vocabulary,)
-        asked = replace(asked, vocabulary=shares)
+    shares = known_shares(limited.vocabulary if vocabulary is None else vocabulary)
+    asked = replace(limited, num_stages=depth, vocabulary=shares)
     model = original_model(model)
     begin = time.monotonic()
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
@@ -133,9 +131,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    if limits.vocabulary not in (None, "auto") and made.vocabulary is None:
+    wanted = limits.vocabulary
+    if wanted is not None and wanted != "auto" and made.vocabulary is None:
         # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, limits.vocabulary)
+        rows = vocabulary_rows(made.graph, made.num_stages, wanted)
         made = priced(replace(made, vocabulary=rows, decision_digest=""))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",

@@ -43,6 +43,11 @@ _QUOTIENTS = frozenset({"div", "idiv", "truediv", "itruediv", "true_divide", "di
 _PRODUCTS = frozenset({"mul", "imul", "rmul", "multiply"})
 _DOT_PRODUCTS = frozenset({"dot", "matmul", "rmatmul", "mv", "inner", "vdot"})
 _COUNTS = frozenset({"sum", "nansum", "count_nonzero", "mean", "nanmean", *_DOT_PRODUCTS})
+_STACKS = frozenset({"stack", "hstack", "cat", "concat", "concatenate"})
+# What mixes the samples of a tensor: along its first axis, and always.
+_ALONG = frozenset({"sum", "mean", "max", "min", "amax", "amin", "any", "all", "cumsum", "softmax",
+                    "count_nonzero", "norm", "prod"})  # fmt: skip
+_MIXING = frozenset({"unique", "unique_consecutive", "sort", "argsort", "bincount", "histc"})
 _OTHER_LOSSES = frozenset({"kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
 
 TermKind = Literal["labels", "selected", "quotient", "sum", "number", "mean", "opaque", "constant"]
@@ -61,7 +66,9 @@ class Term:
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count; the name of a host value if it is one.
         node: Name of the term.
-        divisor: Name of the divisor where it is computed from ``value``, as one with a least value.
+        divisor: Name of the divisor where it is computed from ``value``, as one with a least value;
+            of an opaque term, of a number that it is divided by or multiplied with, and that is
+            computed from several samples in another way.
         dtype: Type of ``value``, where it is a tensor.
         averaged: Whether a mean is divided by a mean.
         reads: Numbers of the blocks whose results it is computed from.
@@ -107,13 +114,34 @@ class LossTerms:
                 self.program.run(values)
         return [_count(term, values) if term.value else None for term in self.varying]
 
-    def may_be_raised(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether Python may have raised a divisor that it counts, as ``max(count, 1)`` does."""
+    def is_doubtful(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a microbatch may count in another way than others: what it counts does not tell.
+
+        Python may have raised a divisor that it counts, as ``max(count, 1)`` does; what is divided
+        by 0 need not be 0.
+        """
+        if all(term.kind != "quotient" for term in self.varying):
+            return False
         pairs = zip(self.varying, self.counts(inputs), strict=True)
         return any(
-            term.kind == "quotient" and not term.dtype and count is not None and count <= 1
+            (self._divisor(term, count) <= 0 if term.dtype else count in (0, 1))
             for term, count in pairs
+            if term.kind == "quotient" and count is not None
         )
+
+    def counted_by_python(self, inputs: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return the divisors of a microbatch that Python has counted."""
+        pairs = zip(self.varying, self.counts(inputs), strict=True)
+        return tuple(
+            count
+            for term, count in pairs
+            if term.kind == "quotient" and not term.dtype and count is not None
+        )
+
+    @property
+    def unproven(self) -> bool:
+        """Whether a term is made with a number that several samples give, not as a count."""
+        return any(term.kind == "opaque" and term.divisor for term in self.varying)
 
     def weights(
         self, term: Term, counts: Sequence[float], by_samples: Sequence[float]
@@ -212,7 +240,9 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     if loss is None:
         return LossTerms()
     prelude = frozenset(captured._coarse.prelude)
-    walk = _Walk(captured._trace.attributes, prelude, _dependent(captured._trace.graph))
+    own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
+    dependent = _dependent(captured._trace.graph)
+    walk = _Walk(captured._trace.attributes, prelude, dependent, frozenset(own))
     found = dict.fromkeys(walk.terms(loss, divided=False))
     read = _blocks_read(captured)
     terms = tuple(replace(term, reads=read.get(term.node, frozenset())) for term in found)
@@ -223,10 +253,9 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
         term.divisor: prelude_program(
             captured._coarse, captured._trace.attributes, [term.divisor], [term.value]
         )
-        for term in terms if term.divisor
+        for term in terms if term.divisor and term.value
     }  # fmt: skip
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
-    own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
     functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
     late = any(call.is_late for call in captured.glue.calls)
     path = frozenset(walk.path)
@@ -262,10 +291,31 @@ def _adds_up(node: fx.Node) -> bool:
     """Whether a number is the sum, or mean, of what it is for each of two microbatches."""
     if _is_number(node):
         return True  # Python has counted it
-    name = _name(node.target)
+    name, sources = _name(node.target), node.all_input_nodes
     if name in ("add", "sub"):
-        return len(node.all_input_nodes) == 2 and all(map(_adds_up, node.all_input_nodes))
-    return _shape(node) == () and name in _COUNTS
+        return len(sources) == 2 and all(map(_adds_up, sources))
+    if name == "sum" and len(sources) == 1 and _name(sources[0].target) in _STACKS:
+        sources = sources[0].all_input_nodes
+        if all(_shape(one) == () for one in sources):
+            return all(map(_adds_up, sources))
+    return _shape(node) == () and name in _COUNTS and not any(map(_reduces, sources))
+
+
+def _reduces(node: fx.Node) -> bool:
+    """Whether a node is, or is computed from, a number that the entries of a tensor give."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        one = pending.pop()
+        sources = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(sources)
+        if any(map(_shape, one.all_input_nodes)):
+            dim = one.kwargs.get("dim", one.args[1] if len(one.args) > 1 else None)
+            name = _name(one.target)
+            along = name in _ALONG and dim in (0, (0,), [0])
+            if _shape(one) == () or along or name in _MIXING:
+                return True
+        pending += sources
+    return False
 
 
 def _name(function: Any) -> str:
@@ -290,7 +340,7 @@ def factor_name(index: int | str) -> str:
 def scaled_term(term: Tensor, factor: Tensor) -> Tensor:
     """Return ``term * factor``; 0 where the factor is: a mean over no labels is no number."""
     scaled = term * factor.to(term.dtype)
-    return torch.where(factor > 0, scaled, torch.zeros_like(scaled))
+    return torch.where(factor != 0, scaled, torch.zeros_like(scaled))
 
 
 def factored(captured: CapturedModel) -> CapturedModel:
@@ -376,6 +426,7 @@ class _Walk:
     attributes: Mapping[str, Any]
     prelude: frozenset[fx.Node]
     dependent: frozenset[fx.Node]
+    loss_nodes: frozenset[fx.Node]
     constants: dict[str, Tensor] = field(default_factory=dict)
     path: set[str] = field(default_factory=set)
 
@@ -395,14 +446,39 @@ class _Walk:
             divisor = self._divisor(node, name)
             quotient = None if divisor is None else self._quotient(divisor)
             kinds = {"mean"} if quotient and quotient.averaged else {"sum", "number", "opaque"}
+            kinds = set() if any(t.divisor and t.kind == "opaque" for t in terms) else kinds
+            mixing = self._mixing_operand(node, name)
             if quotient and all(term.kind in kinds for term in terms):
                 yield replace(quotient, node=node.name)
+            elif mixing is not None:
+                yield Term("opaque", node=node.name, divisor=mixing.name)
             else:
                 yield from terms
+        elif (mixing := self._mixing_input(node)) is not None:
+            yield Term("opaque", node=node.name, divisor=mixing.name)
         elif name == "sum":
             yield Term("number" if divided else "sum", node=node.name)
         else:
             yield self._mean(node) if name == "mean" else Term("opaque", node=node.name)
+
+    def _mixing_operand(self, node: fx.Node, name: str) -> fx.Node | None:
+        """Return the operand of a product or quotient that several samples give, if one is."""
+        if name not in _PRODUCTS | _QUOTIENTS | _DOT_PRODUCTS | {"lerp"}:
+            return None
+        operands = [n for n in node.all_input_nodes if n in self.dependent and n in self.prelude]
+        return next(filter(_reduces, operands), None)
+
+    def _mixing_input(self, node: fx.Node) -> fx.Node | None:
+        """Return what several samples give, and a term of the loss is computed from, if any is."""
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            for one in pending.pop().all_input_nodes:
+                if one in self.prelude and one in self.dependent and _reduces(one):
+                    return one
+                if one in self.loss_nodes and one not in self.prelude and one not in seen:
+                    seen.add(one)
+                    pending.append(one)
+        return None
 
     def _linear_in(self, node: fx.Node, name: str) -> Sequence[fx.Node]:
         """Return what ``node`` is a sum of, each times numbers or constants; nothing if it isn't.
@@ -435,9 +511,8 @@ class _Walk:
         if name in _PRODUCTS or name in _QUOTIENTS:
             inner = self._linear_in(node, name)
             return self._stacked(inner[0]) if inner else ()
-        stacks = ("stack", "hstack", "cat", "concat", "concatenate")
         sources = [source for source in node.all_input_nodes if not _is_number(source)]
-        return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
+        return sources if name in _STACKS and all(_shape(one) == () for one in sources) else ()
 
     def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
         """Return the divisor, if it is a host value or a tensor that the inputs alone give."""
@@ -458,16 +533,19 @@ class _Walk:
             if _adds_up(node):
                 found.add(node)
             elif node.op == "placeholder":
-                return Term("opaque")
+                return self._opaque(divisor)
             else:
                 pending += [n for n in node.all_input_nodes if n in self.dependent or _is_number(n)]
         if len(found) != 1:
-            return Term("opaque")
+            return self._opaque(divisor)
         count = found.pop()
         name = "" if count is divisor else divisor.name
         dtype = "" if _is_number(count) else count.meta["spec"].dtype
         averaged = "mean" in _name(count.target)
         return Term("quotient", count.name, divisor=name, dtype=dtype, averaged=averaged)
+
+    def _opaque(self, divisor: fx.Node) -> Term:
+        return Term("opaque", divisor=divisor.name if _reduces(divisor) else "")
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""

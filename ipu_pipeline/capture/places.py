@@ -16,6 +16,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ _PLAIN = (Tensor, int, float, types.NoneType)
 _FOREIGN = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "ipu_pipeline", *sys.stdlib_module_names}
 )
+_MODEL_PACKAGES: set[str] = set()
 # Functions and objects within others that are looked into for what a module keeps.
 _BOUND_DEPTH = 3
 RECORDERS: Path = (("recorders", None),)
@@ -204,10 +206,28 @@ def entries_of(place: Any) -> Any:
 
 
 def is_foreign(defined: Any) -> bool:
-    """Whether a class, function or module is of a library that no user keeps tensors in."""
+    """Whether a class, function or module is of a library, none that parts of models are from.
+
+    What a library keeps for itself (locks, queues of a test runner, connections) is no state of a
+    model, and is not put back after a trial run of it.
+    """
     of_module = isinstance(defined, types.ModuleType)
     name = defined.__name__ if of_module else getattr(defined, "__module__", None)
-    return (name or "").partition(".")[0] in _FOREIGN
+    package = (name or "").partition(".")[0]
+    return package in _FOREIGN or (package not in _MODEL_PACKAGES and _is_installed(package))
+
+
+def note_packages(modules: Iterable[nn.Module]) -> None:
+    """Note the packages that the classes of modules are from: no foreign ones."""
+    _MODEL_PACKAGES.update({type(module).__module__.partition(".")[0] for module in modules})
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    module = sys.modules.get(package)
+    places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    folders = {part for place in places for part in PurePath(place).parts}
+    return not {"site-packages", "dist-packages"}.isdisjoint(folders)
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:

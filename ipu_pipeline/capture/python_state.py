@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.places import is_foreign, refill
+from ipu_pipeline.capture.places import is_foreign, note_packages, refill
 from ipu_pipeline.errors import CaptureError
 
 _MODULE = vars(nn.Module())
@@ -121,6 +121,8 @@ class PythonState:
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
         self._attributes = {id(live) for live, _ in self._copies}
         self._seen: dict[int, int] = {}  # how deep it was looked into from there, by id
+        modules = list(modules)
+        note_packages(modules)
         for module in modules:
             attributes = vars(module)
             kept = {k: v for k, v in attributes.items() if k not in _INTERNAL}

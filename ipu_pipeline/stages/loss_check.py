@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,31 @@ MIXING = frozenset(
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What Python counted in the batches that were compared.
+
+    It may have raised a divisor to a least value, or lowered it to a largest one, beyond what it
+    had counted in these: by term the smallest count of a microbatch, and the largest of a batch.
+    """
+
+    least: tuple[float, ...]
+    most: tuple[float, ...]
+
+    @classmethod
+    def of(cls, counts: Sequence[Sequence[float]], before: _Compared | None) -> _Compared:
+        """Return the smallest counts and the largest sums, also of those before."""
+        columns = list(zip(*counts, strict=False))
+        least, most = tuple(map(min, columns)), tuple(map(sum, columns))
+        if before is None:
+            return cls(least, most)
+        return cls(tuple(map(min, least, before.least)), tuple(map(max, most, before.most)))
+
+    def holds(self, counts: Sequence[Sequence[float]]) -> bool:
+        """Whether a batch's counts are between those compared."""
+        return _Compared.of(counts, self) == self
+
+
 class LossCheck:
     """Compares the weighted losses of microbatches with the loss of all their samples.
 
@@ -50,7 +76,7 @@ class LossCheck:
     def __init__(self, shares: LossShares) -> None:
         self.shares = shares
         self.model = shares.model
-        self._checked: set[object] = set()
+        self._checked: dict[object, _Compared] = {}
 
     def check(
         self,
@@ -63,7 +89,8 @@ class LossCheck:
         """Compare the loss of the first microbatches with that of all their samples.
 
         Once for all batches of the same shapes in which the same host values vary, and once where
-        microbatches have different programs; always where Python may have raised a divisor.
+        microbatches have different programs; always where what a microbatch counts does not tell
+        how it counts; again where Python counts fewer in a microbatch than it has before, or more.
 
         Args:
             cut: The batch.
@@ -85,21 +112,30 @@ class LossCheck:
             return True
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        raised = [n for n, (part, one) in enumerate(pairs) if one.may_be_raised(part.inputs)]
-        if key in self._checked and not raised:
+        doubtful = [n for n, (part, one) in enumerate(pairs) if one.is_doubtful(part.inputs)]
+        unproven = any(one.unproven for one in terms)
+        counts = [one.counted_by_python(part.inputs) for part, one in pairs]
+        before = self._checked.get(key)
+        alike = before is not None and before.holds(counts)
+        if alike and any(counts):  # a divisor that is the same everywhere may be a least value
+            alike = self.shares.is_counted(terms)
+        if alike and not (doubtful or unproven):
             return True
         weighted = self.shares.weighted(cut, parts, terms, training=False)
+        least = max(doubtful, default=0) + 1
+        if before is not None or unproven:
+            least = len(parts)
         if not self.shares.is_ordered(cut, terms[0]):
             together = factor_name(0) not in weighted[0].inputs  # else they are measured apart
-            if raised and not together:
+            if doubtful and not together:
                 raise self.shares.mixed(
-                    "Python counts what a term is divided by, and may have raised it to 1 "
-                    "(max(count, 1)), which torch's clamp(min=1) lets be seen",
+                    "a microbatch counts nothing of what a term is divided by, or Python may have "
+                    "raised it to 1 (max(count, 1)), which torch's clamp(min=1) lets be seen",
                     terms[0],
                 )
-            if together and not self._compare(cut, parts, terms, max(raised, default=0) + 1):
+            if together and not self._compare(cut, parts, terms, least):
                 return False
-        self._checked.add(key)
+        self._checked[key] = _Compared.of(counts, before)
         return True
 
     def _compare(

@@ -200,6 +200,8 @@ class LossShares:
             fitting = _agreed_rule(every)
             columns = _columns(every, terms[0])
             rules = self._rules(cut, terms[0])
+            if rules and not self.is_ordered(cut, terms[0]):
+                self._check_numbers(terms[0], rules)
             weights = rules and _by_rule(every, columns, rules)
             if weights and terms[0].factored:
                 samples = _by_samples(every)
@@ -215,6 +217,20 @@ class LossShares:
                 raise self.mixed("what it is divided by is known for some microbatches only",
                                   terms[0])  # fmt: skip
         return [replace(part, share=s) for part, s in zip(parts, shares[own], strict=True)]
+
+    def _check_numbers(self, terms: LossTerms, rules: Sequence[Rule]) -> None:
+        """Refuse a number of Python's that did not count where its term was measured apart.
+
+        It may be the least value of a count, which others are above.
+        """
+        for term, rule in zip(terms.varying, rules, strict=True):
+            if term.kind == "quotient" and not term.dtype and rule != "counted":
+                raise self.mixed(
+                    f"its term {term.node!r} is divided by a number of Python's that did not count "
+                    "where it was measured, and may do so for other samples (max(count, 8)), which "
+                    "torch's clamp(min=8) lets be seen",
+                    terms,
+                )
 
     def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
         wish = self.wish
@@ -277,7 +293,7 @@ class LossShares:
         read = frozenset[int]().union(*(term.reads for term, rule in pairs if rule != "none"))
         mixing = [term for term, rule in pairs if rule == "none"]
         for term in mixing:
-            known = term.kind == "opaque" or not in_order
+            known = term.kind == "opaque" or (not in_order and term.kind != "quotient")
             if not known or len(mixing) == len(pairs) or term.reads <= read:
                 raise self.mixed(f"its term {term.node!r} {_UNKNOWN[in_order]}", terms)
         if not terms.factored and len(set(rules)) > 1:
@@ -325,7 +341,10 @@ class LossShares:
         # A small mean beside a large sum is not seen in their total: terms are measured apart.
         single = not terms[0].factored or len(terms[0].varying) < 2
         if single and found.adds_up:
-            return {"sum": ordered["sum"]}
+            ordered = {"sum": ordered["sum"]}
+            # Two samples may be too few to see what is counted: both have the least divisor.
+            quotients = {term.kind for term in terms[0].varying} == {"quotient"}
+            return {"counted": list(columns[0]), **ordered} if quotients and columns else ordered
         if {term.kind for term in terms[0].varying} == {"sum"}:
             ordered = {"sum": ordered["sum"], **ordered}
         return {"counted": list(columns[0]), **ordered} if alike and columns else ordered
@@ -336,6 +355,10 @@ class LossShares:
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
             f"of its microbatches: {why}"
         )
+
+    def is_counted(self, terms: Sequence[LossTerms]) -> bool:
+        """Whether weights by what is counted were found to fit, or none were looked for."""
+        return self._fitting.get(_names(terms), "counted") == "counted"
 
     def note_fitting(self, terms: Sequence[LossTerms], rule: Rule) -> None:
         """Note by which rule weights were found that fit the sum of the terms."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn import functional
 import ipu_pipeline as ipp
 from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import check_capture
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.errors import CaptureError, PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from tests.capture.toys import WIDTH, Layer, batch, last, toy
@@ -142,3 +145,32 @@ def test_the_self_check_runs_with_dropout() -> None:
     model.training = False  # that of the glue only
     with pytest.raises(CaptureError, match="differs from the model on other data"):
         check_capture(captured, batch())
+
+
+def test_what_an_installed_library_keeps_is_no_state_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the queue of pytest-xdist, which an ``assert`` in a test's model leads to."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "library_with_lines.py").write_text(
+        "LINES = []\ndef log(line):\n    LINES.append(line)\n"
+    )
+    (tmp_path / "users_own_code.py").write_text(
+        "import library_with_lines as library\n"
+        "NUMBERS = []\n"
+        "def body(self, x):\n"
+        "    library.log('forward')\n"
+        "    NUMBERS.append(1)\n"
+        "    return {'loss': self.layers[0](x).sum()}\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    users = importlib.import_module("users_own_code")
+    state = PythonState(toy(users.body).modules())
+    users.library.log("forward")
+    assert not state.changed()
+    users.NUMBERS.append(1)
+    assert state.changed()
+    state.restore()
+    assert (users.library.LINES, users.NUMBERS) == (["forward"], [])

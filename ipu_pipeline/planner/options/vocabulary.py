@@ -6,10 +6,11 @@ the softmax; the parts are combined once a microbatch. The logits are never whol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import isfinite
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -85,6 +86,23 @@ def vocabulary_rows(graph: BlockGraph, num_stages: int, shares: Shares) -> Vocab
             "one would hold none; give fewer stages a share"
         )
     return VocabularyRows(rows)
+
+
+def known_shares(asked: Any) -> Literal["auto", "even"] | tuple[float, ...] | None:
+    """Return what a caller asks for, if it is a word that is known, or at least one number.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if asked is None or (isinstance(asked, str) and asked in ("auto", "even")):
+        return asked  # type: ignore[return-value]
+    numbers = tuple(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else ()
+    if not numbers or not all(isinstance(number, Real) for number in numbers):
+        raise ValueError(
+            f"vocabulary is {asked!r}; give 'auto', 'even', or one share for each stage, from 0 on "
+            "and not all 0, such as [1, 1, 2]"
+        )
+    return tuple(map(float, numbers))
 
 
 def _weights(shares: str | Sequence[float], num_stages: int) -> list[float]:

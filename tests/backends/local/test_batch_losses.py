@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import pytest
@@ -353,7 +354,10 @@ def test_a_count_that_python_may_have_raised_is_compared_every_time():
     batch = uneven_batch()
     none = batch["labels"].clone()
     none[:2] = IGNORED
-    for function, message in ((loss, "as the weighted sum"), (two_terms, "may have raised it to")):
+    for function, message in (
+        (loss, "as the weighted sum"),
+        (two_terms, "may have raised it to 1"),
+    ):
         model = Model(function)
         with ipp.compile(model, planned(model, batch, 4)) as executable:
             check(model, batch, executable)
@@ -564,3 +568,70 @@ def test_different_numbers_of_samples_are_named():
         pytest.raises(LoweringError, match=r"ids 8 \(axis 0\), labels 6 \(axis 0\); say which"),
     ):
         executable.forward_backward(batch)
+
+
+def count(labels: Tensor) -> Tensor:
+    return (labels != IGNORED).sum()
+
+
+def few(labels: Tensor) -> Tensor:
+    return (labels > 4).sum()
+
+
+def divided(by: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+    return lambda model, logits, labels: per_label_sum(logits, labels) / by(labels)
+
+
+# What Python or torch makes of counts: exact, or refused for one or another batch.
+DIVISORS: dict[str, Callable[[Tensor], Any]] = {
+    "one less": lambda labels: count(labels) - 1,
+    "at least five": lambda labels: count(labels).clamp(min=5),
+    "at least five, by Python": lambda labels: max(int(count(labels)), 5),
+    "at most twelve, by Python": lambda labels: min(int(count(labels)), 12),
+    "of other labels": few,
+    "the largest label": lambda labels: (labels == labels.max()).sum(),
+    "a quotient of counts": lambda labels: ((labels != IGNORED) / count(labels).clamp(min=1)).sum(),
+    "two sums in a stack": lambda labels: torch.stack([count(labels), few(labels)]).sum() + 1,
+    "two counts": lambda labels: count(labels).clamp(min=1) * few(labels).clamp(min=1),
+    "columns with labels": lambda labels: (labels != IGNORED).any(0).sum().clamp(min=1),
+}
+REWEIGHTED: dict[str, Callable[..., Tensor]] = {
+    "divided twice": lambda model, logits, labels: (
+        per_label_sum(logits, labels) / count(labels).clamp(min=1) / few(labels).clamp(min=1)
+    ),
+    "times a number": lambda model, logits, labels: (
+        token_mean(model, logits, labels) * count(labels).sqrt()
+    ),
+    "weights with a sum of 1": lambda model, logits, labels: (
+        per_label(logits, labels) * ((labels != IGNORED) / count(labels).clamp(min=1))
+    ).sum(),
+    "two terms": lambda model, logits, labels: (
+        token_mean(model, logits, labels)
+        + (logits.square().mean(-1) * (labels > 4)).sum() / max(int(few(labels)), 3)
+    ),
+}
+EXACT = {"at least five", "two sums in a stack"}
+
+
+@pytest.mark.parametrize("name", [*DIVISORS, *REWEIGHTED])
+def test_no_batch_is_weighed_as_another_one_was(name: str):
+    """Whatever batches came before: plain torch's loss and gradients, or an error."""
+    by = DIVISORS.get(name)
+    model, first = Model(REWEIGHTED[name] if by is None else divided(by)), uneven_batch()
+    full = first["ids"].clone()
+    one_each, one_only = (torch.full_like(full, IGNORED) for _ in range(2))
+    one_each[::2, 0] = full[::2, 0]
+    one_only[0, 0] = 5
+    mixed = full.clone()
+    mixed[:2], mixed[3, 1:] = IGNORED, IGNORED
+    refused = 0
+    with ipp.compile(model, planned(model, first, 4)) as executable:
+        for labels in (one_each, first["labels"], mixed, one_only, full):
+            batch = {**first, "labels": labels}
+            if not isfinite(truth(model, batch)[0]):
+                continue
+            try:
+                check(model, batch, executable)
+            except MixedSamplesError:
+                refused += 1
+    assert (refused == 0) == (name in EXACT)

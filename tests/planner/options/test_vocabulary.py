@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import ipu_pipeline as ipp
 from ipu_pipeline.cli.options import read_shares
@@ -16,6 +19,7 @@ from ipu_pipeline.ir.plan import Plan, VocabularyRows
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.options.vocabulary import (
     check_vocabulary,
+    known_shares,
     lookups,
     spread_head,
     vocabulary_rows,
@@ -44,6 +48,17 @@ def test_the_head_and_the_lookups_as_long_are_spread() -> None:
 def test_shares_that_are_none(shares: Any) -> None:
     with pytest.raises(ValueError, match="give 'even', or one share for each of the 2 stages"):
         vocabulary_rows(table_graph(), 2, shares)
+
+
+@pytest.mark.parametrize("asked", ["evenly", "1,2", 5, [], [torch.tensor(1)], [None, 1]])
+def test_what_is_no_word_and_no_shares(asked: Any) -> None:
+    with pytest.raises(ValueError, match="give 'auto', 'even', or one share for each stage"):
+        known_shares(asked)
+
+
+def test_words_and_numbers_of_every_type() -> None:
+    assert [known_shares(asked) for asked in (None, "auto", "even")] == [None, "auto", "even"]
+    assert known_shares(np.array([1, 2])) == known_shares((1, Fraction(2))) == (1.0, 2.0)
 
 
 def test_more_stages_than_rows() -> None:
