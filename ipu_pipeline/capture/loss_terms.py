@@ -114,28 +114,24 @@ class LossTerms:
                 self.program.run(values)
         return [_count(term, values) if term.value else None for term in self.varying]
 
-    def is_doubtful(self, inputs: Mapping[str, Any]) -> bool:
+    def quotients(self, inputs: Mapping[str, Any]) -> list[tuple[Term, float]]:
+        """Return the terms with a divisor, and what each counts in a microbatch, if it is known."""
+        if all(term.kind != "quotient" for term in self.varying):
+            return []  # nothing is computed
+        pairs = zip(self.varying, self.counts(inputs), strict=True)
+        return [
+            (term, count) for term, count in pairs if term.kind == "quotient" and count is not None
+        ]
+
+    def is_doubtful(self, quotients: Sequence[tuple[Term, float]]) -> bool:
         """Whether a microbatch may count in another way than others: what it counts does not tell.
 
         Python may have raised a divisor that it counts, as ``max(count, 1)`` does; what is divided
         by 0 need not be 0.
         """
-        if all(term.kind != "quotient" for term in self.varying):
-            return False
-        pairs = zip(self.varying, self.counts(inputs), strict=True)
         return any(
-            (self._divisor(term, count) <= 0 if term.dtype else count in (0, 1))
-            for term, count in pairs
-            if term.kind == "quotient" and count is not None
-        )
-
-    def counted_by_python(self, inputs: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return the divisors of a microbatch that Python has counted."""
-        pairs = zip(self.varying, self.counts(inputs), strict=True)
-        return tuple(
-            count
-            for term, count in pairs
-            if term.kind == "quotient" and not term.dtype and count is not None
+            self._divisor(term, count) <= 0 if term.dtype else count in (0, 1)
+            for term, count in quotients
         )
 
     @property

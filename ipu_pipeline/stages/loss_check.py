@@ -112,9 +112,11 @@ class LossCheck:
             return True
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        doubtful = [n for n, (part, one) in enumerate(pairs) if one.is_doubtful(part.inputs)]
+        quotients = [one.quotients(part.inputs) for part, one in pairs]
+        doubtful = [n for n, one in enumerate(terms) if one.is_doubtful(quotients[n])]
         unproven = any(one.unproven for one in terms)
-        counts = [one.counted_by_python(part.inputs) for part, one in pairs]
+        # A number of Python has no dtype.
+        counts = [[count for term, count in own if not term.dtype] for own in quotients]
         before = self._checked.get(key)
         alike = before is not None and before.holds(counts)
         if alike and any(counts):  # a divisor that is the same everywhere may be a least value
