@@ -28,13 +28,11 @@ from tools.coverage.eager import (
     Batch,
     EagerError,
     Outcome,
-    build_model,
     eager_step,
-    find_batches,
+    model_and_batches,
     own_values,
     why_not_repeatable,
 )
-from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
 from tools.coverage.tiny_draft import ROWS
 
@@ -116,11 +114,7 @@ def _notes(facts: Mapping[str, Any], parts: Sequence[Batch]) -> list[str]:
 def _with_eager(item: ModelClass, facts: dict[str, Any]) -> tuple[nn.Module, list[Batch], Outcome]:
     """Return the model, microbatches, and what eager training makes of them."""
     try:
-        model = build_model(item)
-    except Exception as error:
-        raise _Finding("eager-fails", why_not_built(item.load(), error)) from error
-    try:
-        parts = find_batches(model, item.task)
+        model, parts = model_and_batches(item)
     except EagerError as error:
         raise _Finding("eager-fails", str(error)) from error
     facts["inputs"] = tuple(parts[0])

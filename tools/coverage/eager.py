@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from ipu_pipeline.capture.patches import preserved_state
 from tools.coverage.classes import ModelClass
-from tools.coverage.reasons import Progress, is_final, why_not_trained
+from tools.coverage.reasons import Progress, is_final, why_not_built, why_not_trained
 from tools.coverage.tiny_batch import candidates
 from tools.coverage.tiny_config import tiny_config
 from tools.coverage.tiny_exceptions import EXCEPTIONS
@@ -40,7 +40,20 @@ class Outcome:
     buffers: dict[str, Tensor]
 
 
-def build_model(item: ModelClass) -> nn.Module:
+def model_and_batches(item: ModelClass) -> tuple[nn.Module, list[Batch]]:
+    """Build a small model, and microbatches of equal shapes on which it trains.
+
+    Raises:
+        EagerError: It cannot be built, or trains on none of the candidates.
+    """
+    try:
+        model = _build_model(item)
+    except Exception as error:
+        raise EagerError(why_not_built(item.load(), error)) from error
+    return model, _find_batches(model, item.task)
+
+
+def _build_model(item: ModelClass) -> nn.Module:
     """Build a small model with seeded weights in training mode."""
     kind = item.load()
     config = tiny_config(kind.config_class, fixed=EXCEPTIONS.get(item.name))
@@ -52,13 +65,8 @@ def build_model(item: ModelClass) -> nn.Module:
     return model.train()
 
 
-def find_batches(model: nn.Module, task: str) -> list[Batch]:
-    """Return microbatches of equal shapes on which the model trains.
-
-    Raises:
-        EagerError: It trains on none of the candidates; the reason is that of the one that got
-            furthest.
-    """
+def _find_batches(model: nn.Module, task: str) -> list[Batch]:
+    """Return what the model trains on; the reason of a failure is that of what got furthest."""
     failures: list[tuple[int, BaseException]] = []
     progress = Progress()
     streams = [candidates(model, task, seed, progress, failures) for seed in range(MICROBATCHES)]

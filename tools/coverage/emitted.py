@@ -41,13 +41,11 @@ from tools.coverage.classes import ModelClass
 from tools.coverage.eager import (
     Batch,
     EagerError,
-    build_model,
     differ,
     eager_step,
-    find_batches,
+    model_and_batches,
     own_values,
 )
-from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
 from tools.coverage.tiny_draft import ROWS
 
@@ -76,11 +74,7 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     """Fill in ``facts`` on the way; return the result and its reason."""
     say("eager-fails")
     try:
-        model = build_model(item)
-    except Exception as error:
-        return "eager-fails", why_not_built(item.load(), error)
-    try:
-        part = find_batches(model, item.task)[0]
+        model, (part, *_) = model_and_batches(item)
     except EagerError as error:
         return "eager-fails", str(error)
     facts["inputs"] = tuple(part)

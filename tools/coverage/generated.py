@@ -21,9 +21,8 @@ from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.ops.linear import torchs_products
 from tools.coverage.check import STAGES, planned
 from tools.coverage.classes import ModelClass
-from tools.coverage.eager import Batch, EagerError, build_model, find_batches, own_values
+from tools.coverage.eager import Batch, EagerError, model_and_batches, own_values
 from tools.coverage.rank_threads import on_threads
-from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
 
 TOKENS = 4
@@ -65,14 +64,7 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     """Fill in ``facts`` on the way; return the result and its reason."""
     say("eager-fails")
     try:
-        model = build_model(item)
-    except Exception as error:
-        return "eager-fails", why_not_built(item.load(), error)
-    try:
-        part = find_batches(model, item.task)[0]
-    except EagerError as error:
-        return "eager-fails", str(error)
-    try:
+        model, (part, *_) = model_and_batches(item)
         inputs, expected = _eager(model, part)
     except EagerError as error:
         return "eager-fails", str(error)
