@@ -181,6 +181,10 @@ class BottleneckSearch:
     def offer(self, boundaries: Sequence[int]) -> PricedPipeline:
         """Price a pipeline exactly and keep it."""
         slots = self.layout.slots[len(boundaries) - 1 :: -1]
+        return self.keep(boundaries, slots)
+
+    def keep(self, boundaries: Sequence[int], slots: Sequence[Slot]) -> PricedPipeline:
+        """Price a pipeline over ``slots`` exactly and keep it."""
         prices, done = [], 0
         for boundary, slot in zip(boundaries, slots, strict=True):
             key = done, boundary, slot
