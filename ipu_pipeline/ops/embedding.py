@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.dropout import FLOATS
 
-
 # Smaller tables, and those of fewer rows than so many for each id, gain nothing.
 _LEAST_ELEMENTS = 1 << 20
 _LEAST_ROWS_PER_ID = 4
@@ -39,7 +38,10 @@ def fast_embedding(
         input: Ids, int64 or int32, any shape.
         weight: The table ``(V, H)``.
         padding_idx: The row that gets no gradient; negative from the end.
-        max_norm: As the next three, left to torch.
+        max_norm: Left to torch.
+        norm_type: Belongs to ``max_norm``.
+        scale_grad_by_freq: Left to torch.
+        sparse: Left to torch.
 
     Returns:
         The rows; None for what torch computes as fast: small or frozen tables, other types and
