@@ -130,11 +130,12 @@ class PageRun:
             position += len(want)
 
     def _install(self) -> None:
-        project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-        info = Path(f"{project['name'].replace('-', '_')}-0.1.dist-info")
+        project = read_configuration("pyproject.toml")["project"]  # refuses what pip would
+        name, version = project["name"], project["version"]
+        info = Path(f"{name.replace('-', '_')}-{version}.dist-info")
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
         )
         groups = [
             f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
