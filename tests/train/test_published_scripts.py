@@ -28,13 +28,15 @@ def scripts() -> Path:
 
 
 @pytest.mark.acceptance
+@pytest.mark.timeout(1800)  # three processes, each of which imports everything
 @pytest.mark.parametrize("name", TRIALS)
 def test_one_changed_import_gives_the_same_numbers(scripts, tmp_path, name) -> None:
     if name == "image" and find_spec("torchvision") is None:
         pytest.skip("run_image_classification.py needs torchvision")
     prepare(TRIALS[name], tmp_path)
     expected, history = run(TRIALS[name], scripts, tmp_path, None)
-    assert {"train_loss", "eval_loss"} <= expected.keys()
+    assert "train_loss" in expected
+    assert {"eval_loss", "eval_score"} & expected.keys()
     for change in (TWO_STAGES, IMPORT_ONLY):
         found, ours = run(TRIALS[name], scripts, tmp_path, change)
         assert _numbers(found) == pytest.approx(_numbers(expected), rel=1e-4)

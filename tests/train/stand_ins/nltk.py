@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class data:  # noqa: N801 - the name of a module
+class data:  # the name of a module
     @staticmethod
     def find(_: str) -> None:
         """The files are there."""
