@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ipu_pipeline.train.arguments import option
 from tasks.labels import number_of
 
+PACK_HELP = "Put several sequences into a row of --max_seq_length tokens; batch sizes count rows."
 logger = logging.getLogger(__name__)
 
 
@@ -32,6 +33,8 @@ class TextOptions:
         default=True,
         help="Pad to --max_seq_length (one shape for all batches), not to the longest of a batch.",
     )
+
+    pack: bool = option(default=False, help=PACK_HELP)
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 4:
