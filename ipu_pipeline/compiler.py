@@ -18,7 +18,7 @@ from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
-from ipu_pipeline.errors import CaptureError, PartitionError
+from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
@@ -32,6 +32,7 @@ from ipu_pipeline.planner.backend import (
     find_machine,
 )
 from ipu_pipeline.planner.options.vocabulary import known_shares, vocabulary_rows
+from ipu_pipeline.planner.options.vocabulary_shares import shares
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem
 from ipu_pipeline.planner.search import Constraints
@@ -123,8 +124,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
-    split = backend.placement(work) if constraints is None else None
-    if split is None:
+    given = backend.placement(work) if constraints is None else None
+    if given is not None:
+        split, work = given
+    else:
         layers = _layers(captured.graph, config, depth) or limits.layers_per_ipu
         limits = replace(limits, layers_per_ipu=layers)
         free = constraints is None and replicas is None
@@ -275,7 +278,14 @@ def compile(
     if optimizer is not None and not execution.training:
         raise ValueError("training=False leaves nothing to an optimizer; pass one of the two only")
     begin = time.monotonic()
-    made = backend_named(target).lower(model, plan, optimizer, execution)
+    backend = backend_named(target)
+    if shares(plan.graph) and backend is not backend_of(plan.machine):
+        raise LoweringError(
+            f"rows of one table are on several IPUs in this plan, which {target!r} does not do; "
+            "plan without serialized_embedding_splits_per_ipu and "
+            "serialized_projection_splits_per_ipu"
+        )
+    made = backend.lower(model, plan, optimizer, execution)
     logger.info("compiled %s for %s in %.2f s", type(model).__name__, target,
                 time.monotonic() - begin)  # fmt: skip
     return made

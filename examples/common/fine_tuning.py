@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from plan_report import TimedExecutable, describe, is_first, measured_against_predicted, say
-from script_options import CommonOptions
+from script_options import CommonOptions, DataOptions
 from script_run import (
     check_output_dir,
     follow_plan,
@@ -60,7 +60,7 @@ class Job:
     constraints: Constraints | None = None
 
 
-def prepare(options: CommonOptions) -> None:
+def prepare(options: DataOptions) -> None:
     """Check the output folder, seed everything, and let transformers say less.
 
     Raises:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from plan_report import say
 
 from ipu_pipeline.errors import PipelineError, first_line
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def has_no_weights(folder: Path) -> bool:
+    """Whether a folder describes a model without holding its weights."""
+    return folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in _WEIGHTS)
 
 
 @contextlib.contextmanager
@@ -35,6 +43,8 @@ def loading(name_or_path: str, remedy: str) -> Iterator[None]:
 def load_weights(auto_class: Any, source: str, name_or_path: str, **config: Any) -> Any:
     """Return a model in training mode; name the weights that its files do not hold.
 
+    A folder without any gives new ones.
+
     Args:
         auto_class: A class of transformers with ``from_pretrained``.
         source: What it loads.
@@ -42,7 +52,13 @@ def load_weights(auto_class: Any, source: str, name_or_path: str, **config: Any)
         **config: Changes to its configuration. Weights whose shape they change are new.
     """
     import torch
+    from transformers import AutoConfig
 
+    if has_no_weights(Path(source)):
+        made = AutoConfig.from_pretrained(source, trust_remote_code=False, **config)
+        model = getattr(auto_class, "from_config", auto_class)(made)
+        say(f"{name_or_path}: new weights: {model.num_parameters():,} parameters")
+        return model.train()
     with _quiet():  # its report of missing weights is said in one line below
         model, info = auto_class.from_pretrained(
             source,

@@ -24,8 +24,8 @@ _TRANSFORMERS = frozenset(item.name for item in fields(TrainingArguments))
 
 
 @dataclass(kw_only=True)
-class CommonOptions(TrainingArguments):
-    """What every script can be told: model, data, training, and where it runs."""
+class DataOptions(TrainingArguments):
+    """What every script can be told: model, data and training."""
 
     file_format: ClassVar[str] = "a data file"
     may_be_zero: ClassVar[frozenset[str]] = frozenset({"doc_stride"})
@@ -35,12 +35,6 @@ class CommonOptions(TrainingArguments):
     overwrite_output_dir: bool = option(
         default=False, help="Train into a folder that is not empty."
     )
-    gradient_accumulation_steps: int | None = option(
-        default=None,
-        help="Microbatches per optimizer step; default: the IPU configuration's, or 1.",
-    )
-    disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
-    # ---- data
     dataset_name: str | None = option(default=None, help="Data set of the hub.")
     dataset_config_name: str | None = option(default=None, help="Its configuration.")
     train_file: Path | None = option(default=None, help="File to train on.")
@@ -51,8 +45,65 @@ class CommonOptions(TrainingArguments):
     max_eval_samples: int | None = option(
         default=None, help="Use only the first samples to evaluate."
     )
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that leave nothing to do or contradict each other."""
+        super().__post_init__()
+        for name in {item.name for item in fields(self)} - _TRANSFORMERS:
+            value, least = getattr(self, name), 0 if name in self.may_be_zero else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for wrong, message in self._mistakes():
+            if wrong:
+                raise ValueError(message)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Parts of the data that are needed."""
+        needed = {"train": self.do_train, "validation": self.evaluates}
+        return tuple(split for split, wanted in needed.items() if wanted)
+
+    def source(self, split: str) -> tuple[Path | None, int | None]:
+        """Return the file of ``train`` or ``validation``, and how many of its samples to use."""
+        if split == "train":
+            return self.train_file, self.max_train_samples
+        return self.validation_file, self.max_eval_samples
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether validation samples are needed."""
+        return self.do_eval
+
+    def _mistakes(self) -> tuple[tuple[bool, str], ...]:
+        hub = self.dataset_name is not None
+        return (
+            (not (self.do_train or self.evaluates), "nothing to do: give --do_train or --do_eval"),
+            (
+                hub and (self.train_file is not None or self.validation_file is not None),
+                f"--dataset_name {self.dataset_name} and --train_file or --validation_file are "
+                "both given; give one of them",
+            ),
+            (
+                self.do_train and not hub and self.train_file is None,
+                f"--do_train needs --train_file ({self.file_format}) or --dataset_name",
+            ),
+            (
+                self.evaluates and not hub and self.validation_file is None,
+                f"evaluating needs --validation_file ({self.file_format}) or --dataset_name",
+            ),
+        )
+
+
+@dataclass(kw_only=True)
+class CommonOptions(DataOptions):
+    """What a script over the thin loop can be told besides: where and how it runs."""
+
+    gradient_accumulation_steps: int | None = option(
+        default=None,
+        help="Microbatches per optimizer step; default: the IPU configuration's, or 1.",
+    )
+    disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
     eval_before_training: bool = option(default=False, help="Evaluate before training as well.")
-    # ---- where and how it runs
     target: str = option(
         default_factory=partial(os.environ.get, "IPU_PIPELINE_TARGET", "local"),
         help="What runs the plan: local, distributed or poptorch.",
@@ -74,55 +125,18 @@ class CommonOptions(TrainingArguments):
         default=None, help="Such as pod16: chooses the number of replicas."
     )
 
-    def __post_init__(self) -> None:
-        """Refuse combinations that leave nothing to do or contradict each other."""
-        super().__post_init__()
-        for name in {item.name for item in fields(self)} - _TRANSFORMERS:
-            value, least = getattr(self, name), 0 if name in self.may_be_zero else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for wrong, message in self._mistakes():
-            if wrong:
-                raise ValueError(message)
-
     @property
     def evaluates(self) -> bool:
         """Whether validation samples are needed."""
         return self.do_eval or self.eval_before_training
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Parts of the data that are needed."""
-        needed = {"train": self.do_train, "validation": self.evaluates}
-        return tuple(split for split, wanted in needed.items() if wanted)
-
-    def source(self, split: str) -> tuple[Path | None, int | None]:
-        """Return the file of ``train`` or ``validation``, and how many of its samples to use."""
-        if split == "train":
-            return self.train_file, self.max_train_samples
-        return self.validation_file, self.max_eval_samples
-
     def _mistakes(self) -> tuple[tuple[bool, str], ...]:
-        hub = self.dataset_name is not None
         planned = [n for n in ("machine", "num_stages", "ipu_config_name") if getattr(self, n)]
         names = " and ".join(f"--{name}" for name in planned)
         unread = " and ".join(f"--{name}" for name in unread_by_the_loop(self))
         return (
-            (not (self.do_train or self.evaluates), "nothing to do: give --do_train or --do_eval"),
+            *super()._mistakes(),
             (bool(unread), f"this script does nothing with {unread}; leave {unread} out"),
-            (
-                hub and (self.train_file is not None or self.validation_file is not None),
-                f"--dataset_name {self.dataset_name} and --train_file or --validation_file are "
-                "both given; give one of them",
-            ),
-            (
-                self.do_train and not hub and self.train_file is None,
-                f"--do_train needs --train_file ({self.file_format}) or --dataset_name",
-            ),
-            (
-                self.evaluates and not hub and self.validation_file is None,
-                f"evaluating needs --validation_file ({self.file_format}) or --dataset_name",
-            ),
             (
                 self.target == "distributed" and self.plan is None,
                 "--target distributed runs in processes that share one plan: give --plan, or start "
@@ -135,7 +149,7 @@ class CommonOptions(TrainingArguments):
         )
 
 
-_Options = TypeVar("_Options", bound=CommonOptions)
+_Options = TypeVar("_Options", bound=DataOptions)
 
 
 def parse(kind: type[_Options], arguments: list[str] | None = None) -> _Options:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from plan_report import is_first, local_note, say
-from script_options import CommonOptions
+from script_options import CommonOptions, DataOptions
 from torch import Tensor
 
 import ipu_pipeline as ipp
@@ -23,7 +23,7 @@ from ipu_pipeline.train.output_folder import is_used
 _Rows = TypeVar("_Rows")
 
 
-def check_output_dir(options: CommonOptions) -> None:
+def check_output_dir(options: DataOptions) -> None:
     """Make the folder; refuse one that holds another run, or may not be written."""
     folder = options.folder
     fresh = options.do_train and options.resume_from_checkpoint is None
@@ -36,25 +36,26 @@ def check_output_dir(options: CommonOptions) -> None:
 
 
 def split_of(
-    stored: Mapping[str, _Rows], split: str, options: CommonOptions, file: str = "file"
+    stored: Mapping[str, _Rows], split: str, options: DataOptions, file: str = "file"
 ) -> _Rows:
     """Return one part of the data set that ``--dataset_name`` names.
 
     Args:
         stored: All parts.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``validation``; ``validation_matched`` is one, too.
         options: The command line.
         file: What to write instead, for the message.
 
     Raises:
         DatasetError: There is no such part.
     """
-    if split not in stored:
+    named = [name for name in (split, f"{split}_matched") if name in stored]
+    if not named:
         raise DatasetError(
             f"data set {options.dataset_name!r} has no split {split!r}, only {', '.join(stored)}; "
             f"write that part to a {file} and pass both by --train_file and --validation_file"
         )
-    return stored[split]
+    return stored[named[0]]
 
 
 def read_ipu_config(options: CommonOptions) -> IPUConfig | None:
@@ -120,7 +121,7 @@ def follow_plan(options: CommonOptions, plan: Plan, config: IPUConfig | None) ->
         options.replicated_tensor_sharding = config.replicated_tensor_sharding
 
 
-def write_results(options: CommonOptions, split: str, scores: Mapping[str, Any]) -> None:
+def write_results(options: DataOptions, split: str, scores: Mapping[str, Any]) -> None:
     """Let the first process write ``<split>_results.json``, and update ``all_results.json``."""
     if not is_first():
         return

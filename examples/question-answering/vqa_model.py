@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from model_loading import load_weights, loading
+from model_loading import has_no_weights, load_weights, loading
 from torch import nn
 from vqa_data import Splits
 from vqa_options import Options
@@ -19,7 +19,6 @@ from tasks.visual_question_answering import AnswerSet, SoftAnswerLoss
 SMALL_ALIAS = "small"
 SMALL_FOLDER = Path(__file__).with_name("lxmert_small")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,13 @@ def load_lxmert(options: Options, splits: Splits) -> Loaded:
             f"model {name!r} is a {config.model_type}, run_vqa.py trains lxmert; pass such a "
             f"model, or '{SMALL_ALIAS}'"
         )
-    if _has_no_weights(Path(source)):
+    if has_no_weights(Path(source)):
         loaded = _new(options, splits, source, config)
     else:
         loaded = _trained(options, splits, source)
     if splits.soft:
         loaded.model.loss = SoftAnswerLoss()
     return loaded
-
-
-def _has_no_weights(folder: Path) -> bool:
-    return folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in _WEIGHTS)
 
 
 def _new(options: Options, splits: Splits, source: str, config: Any) -> Loaded:

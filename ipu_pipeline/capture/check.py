@@ -30,7 +30,7 @@ from ipu_pipeline.capture.patches import preserved_state, tracing_patches, witho
 from ipu_pipeline.capture.python_state import PythonState, seed_torch
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.capture.state import PlainState
-from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.capture.values import compared, named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.random import block_scope
@@ -179,10 +179,10 @@ class _Run:
             outcome = run()
             for name, value in outcome.items():
                 if self.first is not None:
-                    _require_equal(model, name, value.detach(), self.first.outcome.get(name))
+                    _require_equal(model, name, compared(value), self.first.outcome.get(name))
             if captured.training and outcome[LOSS].requires_grad:
                 outcome = {LOSS: self._backward(outcome[LOSS])}
-            self.outcome.update(outcome)
+            self.outcome.update((name, compared(value)) for name, value in outcome.items())
             self.kept = [*changing, *plain.new_tensors(), *self.changed_backward]
             if self.kept or again:
                 self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
@@ -191,7 +191,7 @@ class _Run:
                 python.restore(tensors=False)
                 plain.put_back(tensors=False)
                 own.put_back(but=changing.values())
-                self.outcome.update((f"{n} of the next batch", t.detach())
+                self.outcome.update((f"{n} of the next batch", compared(t))
                                     for n, t in run().items())  # fmt: skip
         return self
 

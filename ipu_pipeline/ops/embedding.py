@@ -1,8 +1,9 @@
-"""Embedding lookup whose backward pass makes no table of zeros.
+"""Embedding lookups whose backward pass makes no table of zeros.
 
 Torch's own backward of a lookup writes a dense gradient as large as the table, whatever the
-number of ids. This one returns a sparse gradient that holds the rows that were looked up;
-autograd adds it in place into a dense ``.grad`` that is already there.
+number of ids. :func:`fast_embedding` adds the rows that were looked up to a dense ``.grad`` that is
+already there (within :func:`ipu_pipeline.ops.linear.adding_to_grad`); the serialized lookup returns
+a sparse gradient that holds them.
 
 Axes: V rows of the table, H hidden size, N ids looked up, U different ids among them.
 """
@@ -12,10 +13,58 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.dropout import FLOATS
+
+# Smaller tables, and those of fewer rows than so many for each id, gain nothing.
+_LEAST_ELEMENTS = 1 << 20
+_LEAST_ROWS_PER_ID = 4
+
+
+def fast_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,  # noqa: ARG001 (torch's name; it belongs to max_norm)
+    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
+    sparse: bool = False,  # noqa: FBT001, FBT002
+) -> Tensor | None:
+    """Compute ``torch.nn.functional.embedding``; the bits of its gradient are torch's.
+
+    Args:
+        input: Ids, int64 or int32, any shape.
+        weight: The table ``(V, H)``.
+        padding_idx: The row that gets no gradient; negative from the end.
+        max_norm: Left to torch.
+        norm_type: Belongs to ``max_norm``.
+        scale_grad_by_freq: Left to torch.
+        sparse: Left to torch.
+
+    Returns:
+        The rows; None for what torch computes as fast: small or frozen tables, other types and
+        devices, and everything where the kernels are missing.
+    """
+    if type(weight) not in (Tensor, nn.Parameter) or type(input) is not Tensor:
+        return None
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu" or weight.dim() != 2:
+        return None
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    rows = weight.shape[0]
+    if weight.numel() < _LEAST_ELEMENTS or rows < _LEAST_ROWS_PER_ID * input.numel():
+        return None
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        return None  # torch says what is wrong
+    if not _has_kernel(weight):
+        return None
+    padding_id = -1 if padding_idx is None else padding_idx % rows
+    looked_up: Tensor = torch.ops.ipu_pipeline.embedding(input, weight, padding_id)
+    return looked_up
 
 
 class _Lookup(NamedTuple):

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ipu_pipeline.ops.attention import attention_counter
 from ipu_pipeline.ops.dropout import FLOATS, bernoulli_counter_, dropout_counter
+from ipu_pipeline.ops.embedding import fast_embedding
 from ipu_pipeline.ops.linear import fast_addmm, fast_linear
 
 # Python-level functions that draw random numbers without taking a generator.
@@ -190,6 +191,7 @@ def _dropout(
 # Functions with a path of our own: products without, others with random numbers. It returns None
 # for a call that torch has to take, and has torch's names of arguments.
 _FASTER: dict[Any, Callable[..., Tensor | None]] = {
+    functional.embedding: fast_embedding,
     functional.linear: fast_linear,
     torch.addmm: fast_addmm,
 }

@@ -132,8 +132,8 @@ class Backend(Protocol):
 
         return counted_costs(work)
 
-    def placement(self, work: Workload) -> Partition | None:
-        """Return the split that the settings spell out; ``None``: it is searched.
+    def placement(self, work: Workload) -> tuple[Partition, Workload] | None:
+        """Return the split that the settings spell out, and its workload; ``None``: search one.
 
         Raises:
             PipelineError: It does not fit the model, the machine or its memory.

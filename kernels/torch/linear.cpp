@@ -11,14 +11,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "grad_sum.h"
 #include "product.h"
 #include "simd/add_narrow.h"
 
@@ -29,12 +28,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int64_t ELEMENTS_PER_TASK = 1 << 16;
-
-// Set by a stage around its backward passes; for tensors of the CPU, torch runs a backward pass in
-// the thread that asks for it.
-thread_local bool adds_to_grad = false;
-
-bool set_adds_to_grad(bool wish) { return std::exchange(adds_to_grad, wish); }
 
 Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
@@ -84,22 +77,6 @@ void add_weight_grad(const Tensor& sum, const Tensor& grad, const Tensor& x, boo
   });
 }
 
-// Whether a weight's gradient goes nowhere but into a dense float32 sum.
-bool is_only_summed(const Tensor& weight) {
-  using namespace torch::autograd::impl;
-  if (!weight.is_leaf() || !hooks(weight).empty() || post_acc_grad_hooks(weight) != nullptr) {
-    return false;
-  }
-  const auto accumulator = try_get_grad_accumulator(weight);
-  if (accumulator != nullptr &&
-      !(accumulator->pre_hooks().empty() && accumulator->post_hooks().empty())) {
-    return false;
-  }
-  const Tensor& sum = weight.grad();
-  return sum.defined() && sum.scalar_type() == at::kFloat && sum.layout() == at::kStrided &&
-         sum.is_contiguous() && !sum.requires_grad();
-}
-
 class Linear : public torch::autograd::Function<Linear> {
  public:
   // `narrow` is the weight in the type of `x`, if it does not have that type itself.
@@ -134,7 +111,7 @@ class Linear : public torch::autograd::Function<Linear> {
     const bool transposed = ctx->saved_data["transposed"].toBool();
     bool needs_weight = ctx->needs_input_grad(1);
     const bool addable = grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16;
-    if (needs_weight && adds_to_grad && addable && is_only_summed(weight)) {
+    if (needs_weight && addable && ipu::adds_to_grad_of(weight)) {
       add_weight_grad(weight.grad(), grad, x, transposed);
       needs_weight = false;
     }
@@ -161,7 +138,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
   m.def("onednn_products() -> bool", &ipu::onednn_products);
   m.def("set_onednn_products(bool wish) -> bool", &ipu::set_onednn_products);
-  m.def("set_adds_to_grad(bool wish) -> bool", &set_adds_to_grad);
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? narrow=None, "
       "bool transposed=False) -> Tensor",

@@ -1,4 +1,4 @@
-"""The serialized embedding against functional.embedding."""
+"""The lookups against functional.embedding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ipu_pipeline.ops import embedding
-from ipu_pipeline.ops.embedding import embedding_serialized
+from ipu_pipeline.ops.embedding import embedding_serialized, fast_embedding
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.random import block_scope
 from tests.ops.paths import BOTH, choose
 
 V, H = 23, 5
@@ -250,3 +252,56 @@ def test_a_gradient_of_another_shape_is_refused(path: str) -> None:
         torch.ops.ipu_pipeline.embedding_serialized_backward(
             torch.zeros(3, H), torch.zeros(4, dtype=torch.long), 0, V, 0, -1, False
         )
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
+def test_rows_are_added_to_grad_with_torchs_bits(
+    path: str, padding_idx: int | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    tables = [nn.Parameter(torch.randn(8200, 130, generator=generator)) for _ in range(2)]
+    tables[1].data.copy_(tables[0].data)
+    for microbatch in range(3):
+        ids = torch.randint(0, 8200, (2, 64), generator=generator, dtype=dtype)
+        ids[0, :40], ids[1, :9] = 3, 8199
+        seed = torch.randn(2, 64, 130, generator=generator)
+        plain = functional.embedding(ids, tables[0], padding_idx)
+        plain.backward(seed)
+        with block_scope(0, 0, microbatch, "block"):
+            ours = functional.embedding(ids, tables[1], padding_idx)
+        with adding_to_grad():
+            torch.autograd.backward([ours], [seed])
+        assert torch.equal(plain, ours)
+        assert torch.equal(tables[0].grad, tables[1].grad)
+
+
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
+def test_hooks_and_second_derivatives_get_torchs_gradient(path: str) -> None:
+    weight = nn.Parameter(torch.randn(8200, 130))
+    weight.grad = torch.zeros_like(weight)
+    ids = torch.tensor([[1, 2, 1]])
+    seen: list[Tensor] = []
+    with block_scope(0):
+        looked_up = functional.embedding(ids, weight).pow(2).sum()
+        (first,) = torch.autograd.grad(looked_up, weight, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), weight)
+        weight.register_hook(seen.append)
+        with adding_to_grad():
+            functional.embedding(ids, weight).sum().backward()
+    assert torch.equal(second[2], 8 * weight.detach()[2])
+    assert seen[0][1].eq(2).all()
+    assert torch.equal(weight.grad, seen[0])
+
+
+def test_what_torch_computes_as_fast_is_left_to_it(path: str) -> None:
+    large, ids = nn.Parameter(torch.zeros(8200, 130)), torch.tensor([1])
+    assert (fast_embedding(ids, large) is None) == (path == "plain torch")
+    assert fast_embedding(ids, nn.Parameter(torch.zeros(100, 130))) is None
+    assert fast_embedding(torch.arange(8200), large) is None
+    assert fast_embedding(ids, large.detach()) is None
+    assert fast_embedding(ids, large, max_norm=1.0) is None
+    assert fast_embedding(ids, large, sparse=True) is None
+    with torch.no_grad():
+        assert fast_embedding(ids, large) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.ranks.waiting import Waiter
 from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.devices import device_of, naming_snapshots
 from ipu_pipeline.stages.stage import Stage
@@ -58,6 +59,11 @@ class _NotedStage(PipelineStage):
                 self._module.vocabulary.give_back(bwd_chunk_id)
         for received in (self.args_recv_info, self.grad_recv_info):
             _free(received.get(bwd_chunk_id, ()))
+
+    def backward_maybe_with_nosync(self, backward_type: str, *args: Any, **kwargs: Any) -> Any:
+        whole = backward_type == "full"  # torch accumulates into all weights
+        with adding_to_grad() if whole else nullcontext():
+            return super().backward_maybe_with_nosync(backward_type, *args, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass of the weights", bwd_chunk_id):

@@ -17,6 +17,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.graph import Block
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import backend_of
+from ipu_pipeline.planner.options.vocabulary_shares import share_of
 from ipu_pipeline.planner.price import workload_of
 
 CALL_MARK = "#"  # "shared#2" is the third call of the module "shared"
@@ -36,6 +37,8 @@ class Annotation:
         again: It is a further call of a module that an earlier annotation names, in its stage.
         checkpoint: Its outputs are kept for the backward pass (a recomputation checkpoint).
         serialize: Slices of its table lookup or output projection; 1 is whole.
+        rows: Rows of its module's table that it has, from the first to before the second; ``None``:
+            the table is not spread.
         inference: Stage, IPU and slices in evaluation; ``None``: as in training.
         forward_ms: Predicted milliseconds of one microbatch's forward pass.
         backward_ms: Predicted milliseconds of its backward pass, without recomputation.
@@ -50,6 +53,7 @@ class Annotation:
     again: bool = False
     checkpoint: bool = False
     serialize: int = 1
+    rows: tuple[int, int] | None = None
     inference: tuple[int, int, int] | None = None
     forward_ms: float = 0.0
     backward_ms: float = 0.0
@@ -90,8 +94,8 @@ def annotate(
     seen: set[str] = set()
     for block in plan.blocks:
         stage, ipu = places[block.name]
-        module = module_of(block)
-        again = module in seen and module not in in_turns
+        module, part = module_of(block), share_of(block.name)
+        again = module in seen and module not in in_turns and part is None
         seen |= {module} - {""}
         found.append(
             Annotation(
@@ -103,6 +107,7 @@ def annotate(
                 again=again,
                 checkpoint=block.name in kept,
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
+                rows=part and part[1],
                 inference=other.get(block.name),
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
@@ -115,7 +120,8 @@ def annotate(
 
 def module_of(block: Block) -> str:
     """Return the path of the module that begins ``block``; empty for the loss."""
-    return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
+    name = (share_of(block.name) or (block.name,))[0]
+    return "" if block.kind == "loss" else name.split(CALL_MARK)[0]
 
 
 def _checkpoints(plan: Plan) -> frozenset[str]:
@@ -148,7 +154,8 @@ def _in_turns(plan: Plan, places: Mapping[str, tuple[int, int]]) -> frozenset[st
     found = set()
     for block in plan.blocks if places else ():
         module, (stage, ipu) = module_of(block), places[block.name]
-        if not module:
+        part = share_of(block.name)
+        if not module or (part and part[1][0]):  # later shares begin within the call of the first
             continue
         home = first.setdefault(module, (stage, ipu))
         if home[0] != stage:

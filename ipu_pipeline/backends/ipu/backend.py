@@ -130,7 +130,7 @@ class IPUBackend(Backend):
             choices = ProgramChoices.fixed(settings)
         return IPUPlanning.of(work.graph, work.machine, settings, choices)
 
-    def placement(self, work: Workload) -> Partition | None:
+    def placement(self, work: Workload) -> tuple[Partition, Workload] | None:
         """Return the split that ``layers_per_ipu`` spells out.
 
         Raises:
@@ -139,10 +139,11 @@ class IPUBackend(Backend):
         """
         if not work.settings.get(_SPELLED_OUT):
             return None
-        split = configured_partition(work.graph, program_from(work.settings), work.machine)
+        settings = program_from(work.settings)
+        split, graph = configured_partition(work.graph, settings, work.machine)
         for problem in devices_problems([stage.device for stage in split.stages]):
             raise PartitionError(problem)
-        return split
+        return split, replace(work, graph=graph)
 
     def step(self, plan: Plan) -> PlanPrice:
         """Price every IPU and the cycles of the step as a whole.

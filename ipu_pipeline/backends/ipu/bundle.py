@@ -49,6 +49,7 @@ RUNTIME = (
     "sessions.py",
     "static_errors.py",
     "static_graph.py",
+    "tables.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.
 REQUIREMENTS = "torch==2.0.1\ntransformers>=4.18,<4.50\n# poptorch: from Graphcore's Poplar SDK\n"
@@ -113,9 +114,11 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
     )
     helper = (
         "\n\ndef block(\n"
-        "    module, stage, ipu, serialize=1, checkpoint=False, inference=None, name=None\n):\n"
+        "    module, stage, ipu, serialize=1, checkpoint=False, inference=None, name=None, "
+        "rows=None\n):\n"
         '    """Describe one block: the module whose call begins it, and where it runs.\n\n'
         "    In evaluation it runs there, too, or where inference=(stage, ipu, serialize) says.\n"
+        "    With rows=(first, end) it has these rows of the module's table only.\n"
         '    """\n'
         "    return {\n"
         '        "block": name or module,\n'
@@ -123,6 +126,7 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         '        "stage": stage,\n'
         '        "ipu": ipu,\n'
         '        "serialize": serialize,\n'
+        '        "rows": rows,\n'
         '        "checkpoint": checkpoint,\n'
         '        "inference": inference,\n'
         '        "again": False,\n'
@@ -137,6 +141,8 @@ def _call(annotation: Annotation) -> str:
     parts = [module, f"stage={annotation.stage}", f"ipu={annotation.ipu}"]
     if annotation.serialize > 1:
         parts.append(f"serialize={annotation.serialize}")
+    if annotation.rows:
+        parts.append(f"rows={annotation.rows}")
     if annotation.checkpoint:
         parts.append("checkpoint=True")
     if annotation.inference:

@@ -224,14 +224,6 @@ def config_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
         ConfigError: The layers of another placement for evaluation do not fit the model.
     """
     yield from _evaluation_problems(graph, config)
-    for what in ("embedding", "projection"):
-        splits = getattr(config, f"serialized_{what}_splits_per_ipu")
-        if splits is not None:
-            yield (
-                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
-                f"which this target does not do; set it to null and {what}_serialization_factor="
-                f"{sum(splits)} (slices on one IPU) instead"
-            )
     if config.device_iterations > 1 and config.output_mode == "default":
         yield (
             f"device_iterations {config.device_iterations} with output_mode 'default' gives back "

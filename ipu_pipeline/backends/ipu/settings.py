@@ -23,10 +23,12 @@ from ipu_pipeline.backends.ipu.prices.layout import (
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, program_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import spread_tables
 from ipu_pipeline.errors import ConfigError, LoweringError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
+from ipu_pipeline.planner.options.vocabulary_shares import share_of
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
 # Fields of a configuration that the price of a plan reads, and that have a plain default.
@@ -206,6 +208,9 @@ def evaluation_of(graph: BlockGraph, config: IPUConfig) -> tuple[StageLayout, IP
     if config.inference_layers_per_ipu is None and settings.num_ipus == config.num_ipus():
         settings = replace(settings, stage_starts=tuple((config.stage_starts or {}).items()))
     try:
+        graph = spread_tables(graph, IPUSettings.from_config(config))
+        if spread_tables(graph, settings) is not graph:
+            raise ConfigError("training holds the table whole; give both splits, or neither")
         return make_layout(graph, settings), settings
     except ConfigError as error:
         raise ConfigError(f"inference: {error}") from error
@@ -230,6 +235,7 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         "replication_factor": plan.replicas,
         "gradient_accumulation_steps": plan.num_microbatches,
         **_slices(plan, base),
+        **_splits(program),
         "recompute": program.recompute,
         "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
     }
@@ -272,6 +278,8 @@ def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     found: dict[str, int] = {}
     for stage in plan.stages:
         for name, factor in stage.serialize.items():
+            if share_of(name):  # the splits say it
+                continue
             what = "embedding" if kinds[name] == "embedding" else "projection"
             found[what] = max(found.get(what, 1), factor)
     return {
@@ -279,6 +287,17 @@ def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
         for what, factor in found.items()
         if base is None or not getattr(base, f"serialized_{what}_splits_per_ipu")
     }
+
+
+def _splits(program: IPUSettings) -> dict[str, Any]:
+    """Return the slices on every IPU of the tables that are spread."""
+    found: dict[str, Any] = {}
+    for what in ("embedding", "projection"):
+        splits = getattr(program, f"{what}_splits") or None
+        found[f"serialized_{what}_splits_per_ipu"] = splits
+        if splits:
+            found[f"{what}_serialization_factor"] = None
+    return found
 
 
 def _value(config: IPUConfig, name: str, num_ipus: int) -> Any:
@@ -312,6 +331,8 @@ def _check_agreement(
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
     if base.recompute is not None and base.num_ipus() > 1:
         theirs["recompute"] = base.recompute
+    splits = [name for name in said if "_splits_" in name and getattr(base, name)]
+    theirs |= {name: getattr(base, name) for name in splits}
     changed = [name for name in own if getattr(base, name) != getattr(plain, name)]
     theirs |= {name: _value(base, name, said["ipus_per_replica"]) for name in changed}
     different = [

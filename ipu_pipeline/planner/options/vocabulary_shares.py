@@ -25,6 +25,7 @@ Source: Yeung et al., Balancing Pipeline Parallelism with Vocabulary Parallelism
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +51,7 @@ _FLOAT_BYTES = 4
 _STATISTICS = 2  # largest logit and sum of a token
 _HOPS = 3  # a broadcast in a ring passes a link once, a sum (all-reduce) twice
 Range = tuple[int, int]
+_SHARE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,13 @@ class VocabularyShares:
         (forward_s, backward_s), loss_s = seconds[head], seconds[loss]
         for first, end in ranges:
             part = moved * (end - first) / self.size
-            found[_sliced(head, first, end)] = part * forward_s, part * backward_s / 2
-            found[f"{_sliced(head, first, end)}.rows"] = 0.0, part * backward_s / 2
+            found[rows_name(head, first, end)] = part * forward_s, part * backward_s / 2
+            found[f"{rows_name(head, first, end)}.rows"] = 0.0, part * backward_s / 2
             of_loss = (end - first) / self.size
-            found[_sliced(loss, first, end)] = of_loss * loss_s[0], of_loss * loss_s[1]
+            found[rows_name(loss, first, end)] = of_loss * loss_s[0], of_loss * loss_s[1]
             for name in self.tables:
                 own = seconds[name]
-                found[_sliced(name, first, end)] = own[0], of_loss * own[1]
+                found[rows_name(name, first, end)] = own[0], of_loss * own[1]
         found[head] = (1 - moved) * forward_s, (1 - moved) * backward_s
         return found | dict.fromkeys((loss, *self.tables), (0.0, 0.0))
 
@@ -224,7 +226,7 @@ class VocabularyShares:
         yield whole
         for first, end in ranges if self._is_spread(whole.fqn) else ():
             shape = (end - first, *whole.shape[1:])
-            yield replace(whole, fqn=_sliced(whole.fqn, first, end), shape=shape, aliases=())
+            yield replace(whole, fqn=rows_name(whole.fqn, first, end), shape=shape, aliases=())
 
     # -- a share ---------------------------------------------------------------------------------
 
@@ -235,10 +237,10 @@ class VocabularyShares:
                                   "cut_bytes": 0, "cut_workspace_bytes": 0}  # fmt: skip
         made = []
         for whole, name, kinds in (
-            (head, _sliced(head.name, first, end), (True, False)),
-            (loss, _sliced(loss.name, first, end), (True, True)),
-            (head, f"{_sliced(head.name, first, end)}.rows", (False, True)),
-            *((self.graph[n], _sliced(n, first, end), (True, True)) for n in self.tables),
+            (head, rows_name(head.name, first, end), (True, False)),
+            (loss, rows_name(loss.name, first, end), (True, True)),
+            (head, f"{rows_name(head.name, first, end)}.rows", (False, True)),
+            *((self.graph[n], rows_name(n, first, end), (True, True)) for n in self.tables),
         ):
             found = [
                 [
@@ -254,7 +256,7 @@ class VocabularyShares:
                 replace(
                     whole,
                     name=name,
-                    parameters=tuple(_sliced(p, first, end) for p in own),
+                    parameters=tuple(rows_name(p, first, end) for p in own),
                     forward_ops=tuple(found[0]),
                     backward_ops=tuple(found[1]),
                     workspace_bytes=self._space(rows) if whole is head else 0,
@@ -274,26 +276,11 @@ class VocabularyShares:
 
     def _part(self, block: Block, op: OpRecord, rows: int) -> OpRecord:
         """Return an operation over some rows; what does not have their length is read whole."""
-        share = rows / self.size
-        if block.name in self.tables:
-            dense = self.tables[block.name].num_bytes
-            moved = op.bytes_moved - int(dense * (1 - share))
-            shapes = self._cut(op, rows)
-            return replace(op, shapes=shapes, bytes_moved=moved if moved > 0 else op.bytes_moved)
-        size = DTYPE_BYTES.get(op.dtype, _FLOAT_BYTES)
-        whole = int(sum(prod(s) * size for s in op.shapes if self.size not in s))
-        whole = min(whole, op.bytes_moved)
-        return replace(
-            op,
-            shapes=self._cut(op, rows),
-            flops=op.flops * rows // self.size,
-            bytes_moved=whole + (op.bytes_moved - whole) * rows // self.size,
-        )
-
-    def _cut(self, op: OpRecord, rows: int) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(rows if side == self.size else side for side in shape) for shape in op.shapes
-        )
+        if block.name not in self.tables:
+            return over_rows(op, self.size, rows)
+        moved = op.bytes_moved - int(self.tables[block.name].num_bytes * (1 - rows / self.size))
+        shapes = over_rows(op, self.size, rows).shapes
+        return replace(op, shapes=shapes, bytes_moved=moved if moved > 0 else op.bytes_moved)
 
     def _space(self, rows: int) -> int:
         tokens, table = self.pair.tokens, self.pair.table
@@ -302,8 +289,38 @@ class VocabularyShares:
         return PUT_OFF * kept + gradient + rows * table.num_bytes // table.rows
 
 
-def _sliced(name: str, first: int, end: int) -> str:
+def over_rows(op: OpRecord, size: int, rows: int) -> OpRecord:
+    """Return ``op`` with ``rows`` in the place of ``size``; what has another length stays whole."""
+    whole = int(
+        sum(prod(s) * DTYPE_BYTES.get(op.dtype, _FLOAT_BYTES) for s in op.shapes if size not in s)
+    )
+    whole = min(whole, op.bytes_moved)
+    return replace(
+        op,
+        shapes=tuple(tuple(rows if n == size else n for n in shape) for shape in op.shapes),
+        flops=op.flops * rows // size,
+        bytes_moved=whole + (op.bytes_moved - whole) * rows // size,
+    )
+
+
+def rows_name(name: str, first: int, end: int) -> str:
+    """Return the name of what ``name`` is for the rows from ``first`` to before ``end``."""
     return f"{name}[{first}:{end}]"
+
+
+def share_of(name: str) -> tuple[str, Range] | None:
+    """Return the whole block's (or parameter's) name and the rows; ``None``: it is no share."""
+    found = _SHARE.fullmatch(name)
+    return found and (found[1], (int(found[2]), int(found[3])))
+
+
+def shares(graph: BlockGraph) -> dict[str, tuple[Range, ...]]:
+    """Return the rows of every share by the name of the spread parameter."""
+    found: dict[str, tuple[Range, ...]] = {}
+    for fqn in graph.parameter_by_fqn:
+        if part := share_of(fqn):
+            found[part[0]] = tuple(sorted({*found.get(part[0], ()), part[1]}))
+    return found
 
 
 def with_shares(plan: Plan) -> tuple[Plan, dict[int, Share]]:

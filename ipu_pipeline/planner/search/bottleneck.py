@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.problem import Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
 from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
@@ -62,6 +63,9 @@ class BottleneckSearch:
     lower_bound: float = 0.0
     offers: list[PricedPipeline] = field(default_factory=list)
     _least_sum_s: float = field(init=False, default=0.0)
+    _prices: dict[tuple[int, int, Slot], StagePrice | None] = field(
+        init=False, default_factory=dict
+    )
 
     @property
     def found(self) -> SearchResult:
@@ -183,7 +187,10 @@ class BottleneckSearch:
         """Price a pipeline over ``slots`` exactly and keep it."""
         prices, done = [], 0
         for boundary, slot in zip(boundaries, slots, strict=True):
-            price = self.rows.pricer.best(done, boundary ^ done, slot)
+            key = done, boundary, slot
+            if key not in self._prices:  # neighbours have all stages but two in common
+                self._prices[key] = self.rows.pricer.best(done, boundary ^ done, slot)
+            price = self._prices[key]
             if price is None:
                 raise _DoesNotFitError
             done = boundary

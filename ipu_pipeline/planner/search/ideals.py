@@ -48,13 +48,18 @@ class Lattice:
 
     @classmethod
     def of_masks(cls, problem: Problem, masks: Iterable[int]) -> Lattice:
-        """Return the lattice of just these downward-closed sets."""
+        """Return the lattice of just these downward-closed sets; quick for growing ones."""
         units, _ = _work_units(problem)
+        found, before, tops, work = {}, 0, 0, 0
+        for mask in masks:
+            if before & ~mask:
+                before = tops = work = 0
+            added = mask & ~before
+            tops = _tops(problem, mask, tops | added)
+            work += sum(units[block] for block in bits(added))
+            found[mask], before = (tops, work), mask
         lattice = cls.__new__(cls)
-        lattice._keep(
-            problem,
-            {mask: (_tops(problem, mask), sum(units[b] for b in bits(mask))) for mask in masks},
-        )
+        lattice._keep(problem, found)
         return lattice
 
     def _keep(self, problem: Problem, found: dict[int, tuple[int, int]]) -> None:
@@ -105,9 +110,9 @@ def _work_units(problem: Problem) -> tuple[list[int], float]:
     return [round(value / unit_s) for value in seconds], unit_s
 
 
-def _tops(problem: Problem, mask: int) -> int:
-    """Blocks of ``mask`` without a successor in it."""
-    return sum(1 << block for block in bits(mask) if not problem.succs[block] & mask)
+def _tops(problem: Problem, mask: int, among: int) -> int:
+    """Blocks of ``among`` without a successor in ``mask``."""
+    return sum(1 << block for block in bits(among) if not problem.succs[block] & mask)
 
 
 def _enumerate(problem: Problem, limit: int) -> dict[int, tuple[int, int]]:

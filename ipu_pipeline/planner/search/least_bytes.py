@@ -54,6 +54,7 @@ class LeastBytes:
         entering = np.zeros(count + 1)
         for value in problem.values:
             entering[value.producer + 1 : value.consumers.bit_length()] += value.held_bytes
+        self._most_entering = float(entering.max())
         self._per_microbatch = self._shared(problem.inputs) + entering[:, None]
         self._order = [(1 << done) - 1 for done in range(count + 1)]
         self._known: dict[int, Floats] = {}
@@ -74,6 +75,12 @@ class LeastBytes:
             held = self._weights + in_flight * self._per_microbatch + self._options(in_flight)
             self._known[in_flight] = np.where(self._used, held, inf)
         return self._known[in_flight]
+
+    def always_fits(self, slots: Sequence[Slot]) -> bool:
+        """Whether the whole model fits any of ``slots``, so that every stage of it does."""
+        in_flight = max(slot.in_flight for slot in slots)
+        most = self.of(in_flight)[0, -1] + in_flight * self._most_entering
+        return bool(most <= min(slot.capacity for slot in slots))
 
     def _options(self, in_flight: int) -> Floats:
         options = self.problem.options

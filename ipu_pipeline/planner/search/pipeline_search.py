@@ -78,6 +78,8 @@ class Engine:
         groups = self.problem.together + self.problem.same_device
         slots = candidate.slots
         if candidate.shape.own_devices:
+            if self._least_bytes.always_fits(slots):
+                return True
             split = self._least_bytes.split(slots, candidate.rule, groups)
             return split is not None and split.fits(slots)
         # The least sum over all devices, as if they had one memory.

@@ -229,7 +229,13 @@ def generated(folder: str) -> dict[str, Any]:
     )  # fmt: skip
     trainer = Generating(TINY["t5"].build()[0], args, train_dataset=rows, num_stages=2)
     trainer.train()
+    called: list[str] = []
+    if dist.is_initialized():
+        executable: Any = trainer._steps.executable
+        call = executable._call_model
+        executable._call_model = lambda name, calls: called.append(name) or call(name, calls)
     words = predicted(trainer, rows[:3])
+    assert called == ["generate"] * dist.is_initialized()
     trainer.args.predict_with_generate = False
     return {"history": history(trainer), "words": words, "logits": predicted(trainer, rows[:3])}
 

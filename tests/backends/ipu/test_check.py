@@ -166,18 +166,10 @@ def test_stages_against_the_order_of_execution() -> None:
 
 
 @pytest.mark.parametrize("what", ["embedding", "projection"])
-def test_tables_split_over_ipus(what: str) -> None:
-    _refused(
-        rf"serialized_{what}_splits_per_ipu=\[2, 1\] spreads one table over IPUs.*"
-        rf"{what}_serialization_factor=3 \(slices on one IPU\) instead",
-        _plan(),
-        _with(
-            **{
-                f"serialized_{what}_splits_per_ipu": (2, 1),
-                f"{what}_serialization_factor": None,
-            }
-        ),
-    )
+def test_a_configuration_that_splits_tables_and_a_plan_that_does_not(what: str) -> None:
+    splits = {f"serialized_{what}_splits_per_ipu": (2, 1)}
+    with pytest.raises(LoweringError, match=r"splits_per_ipu: plan None, configuration \(2, 1\)"):
+        settings_for(_plan(), IPUConfig(layers_per_ipu=(2, 2), **splits))
 
 
 def test_slices_of_a_table_in_a_stage() -> None:

@@ -223,7 +223,11 @@ class IPUConfig:
     @property
     def leaves_layers_open(self) -> bool:
         """Whether it says nothing about the place of layers: the planner chooses."""
-        return self.layers_per_ipu == (WILDCARD,) and not self.stage_starts
+        return self.layers_per_ipu == (WILDCARD,) and not (
+            self.stage_starts
+            or self.serialized_embedding_splits_per_ipu
+            or self.serialized_projection_splits_per_ipu
+        )
 
     def num_ipus(self, *, inference: bool = False) -> int:
         """Return the IPUs of one replica."""

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
 
 from ipu_pipeline.backends.ipu.prices.chip import Chip
 from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import share_ipus
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.planner.layers_per_ipu import counted_layers, expand_layers
@@ -164,16 +164,20 @@ def convolutional_layers(graph: BlockGraph) -> dict[str, bool]:
 def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> dict[str, int]:
     first = next((i for i, b in enumerate(graph.blocks) if b.name in ipus), 0)
     last = max((i for i, b in enumerate(graph.blocks) if b.name in ipus), default=-1)
-    head = _head_ipu(graph, settings, ipus)
+    spread = share_ipus(graph, settings)
+    head = _head_ipu(graph, settings, ipus, spread)
     placed: dict[str, int] = {}
-    current = settings.embedding_ipu
+    current = front = settings.embedding_ipu
     for position, block in enumerate(graph.blocks):
         if block.name in ipus:
             current = ipus[block.name]
+        elif block.name in spread:  # what follows goes on where the last share is
+            current = spread[block.name]
+            front, head = (current, head) if position < first else (front, current)
         elif position < first or _goes_back(graph, block, settings):
-            placed[block.name] = settings.embedding_ipu
+            placed[block.name] = front
             if not settings.hoisted:
-                current = settings.embedding_ipu
+                current = front
             continue
         elif position > last or block.kind in ("head", "loss"):
             placed[block.name] = head
@@ -199,7 +203,12 @@ def _goes_back(graph: BlockGraph, block: Block, settings: IPUSettings) -> bool:
     )
 
 
-def _head_ipu(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> int:
+def _head_ipu(
+    graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int], spread: Mapping[str, int]
+) -> int:
+    projections = [name for name in spread if graph[name].kind != "embedding"]
+    if projections:
+        return spread[projections[0]]
     if settings.head_ipu is not None:
         return settings.head_ipu
     kinds = {block.name: block.kind for block in graph.blocks}
@@ -266,35 +275,14 @@ class PlacedProgram:
     def held(self) -> tuple[Mapping[str, int], ...]:
         """For every IPU, the parameters it holds and how many elements of each.
 
-        A parameter used twice on an IPU is held once. A table that the configuration splits over
-        IPUs is held in these shares, wherever it is used.
+        A parameter used twice on an IPU is held once.
         """
         sizes = {fqn: item.numel for fqn, item in self.graph.parameter_by_fqn.items()}
-        ipus = range(self.layout.num_ipus)
-        held: list[dict[str, int]] = [
+        return tuple(
             {
                 fqn: sizes[fqn]
                 for name in self.layout.blocks_on(ipu)
                 for fqn in self.graph[name].parameters
             }
-            for ipu in ipus
-        ]
-        for kind, splits in (
-            ("embedding", self.settings.embedding_splits),
-            ("head", self.settings.projection_splits),
-        ):
-            table = _table(self.graph, kind) if splits else None
-            if table is None:
-                continue
-            for ipu in ipus:
-                share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
-                held[ipu].pop(table, None)
-                if share:
-                    held[ipu][table] = ceil(sizes[table] * share)
-        return tuple(held)
-
-
-def _table(graph: BlockGraph, kind: str) -> str | None:
-    """The largest parameter of the blocks of ``kind``."""
-    used = {fqn for block in graph.blocks if block.kind == kind for fqn in block.parameters}
-    return max(used, key=lambda fqn: graph.parameter_by_fqn[fqn].numel, default=None)
+            for ipu in range(self.layout.num_ipus)
+        )

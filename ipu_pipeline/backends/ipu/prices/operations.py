@@ -27,6 +27,7 @@ from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
 from ipu_pipeline.planner.options.tables import table_of, table_rows
+from ipu_pipeline.planner.options.vocabulary_shares import share_of, shares
 
 _FREE = frozenset({
     "empty_like", "empty", "ones_like", "zeros_like", "full_like", "_unsafe_view", "scalar_tensor",
@@ -291,6 +292,9 @@ def serialization_factor(graph: BlockGraph, block: Block, settings: IPUSettings)
     wanted = settings.embedding_factor if block.kind == "embedding" else settings.projection_factor
     if wanted == 1 or not may_serialize(graph, block):
         return 1
+    if part := share_of(block.name):  # the slices of its rows
+        table = next(r for r in shares(graph).values() if part[1] in r)
+        return wanted * (part[1][1] - part[1][0]) // table[-1][1]
     return wanted
 
 

@@ -22,6 +22,7 @@ from ipu_pipeline.backends.ipu.prices.layout import (
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory, stash_depth
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import spread_tables
 from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime, step_time
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -178,6 +179,7 @@ def predict(
             f"{settings.num_ipus * settings.replicas}, {machine.name} has {len(machine.devices)}; "
             "lower replication_factor or choose a larger pod"
         )
+    graph = spread_tables(graph, settings)
     return Prediction(graph, make_layout(graph, settings), settings, chip)
 
 
@@ -307,8 +309,10 @@ def stage_loads(prediction: Prediction, devices: Sequence[int]) -> tuple[StageLo
     return tuple(loads)
 
 
-def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
-    """Return the split that settings spell out; it is its own bound.
+def configured_partition(
+    graph: BlockGraph, settings: IPUSettings, machine: Machine
+) -> tuple[Partition, BlockGraph]:
+    """Return the split that settings spell out, its own bound, and its graph: tables are spread.
 
     Raises:
         ConfigError: They do not fit the model or the machine.
@@ -320,7 +324,7 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     if prediction.refusal:
         raise PartitionError(f"{prediction.refusal}; raise it, or use fewer IPUs")
     if prediction.fits:
-        return partition_of(prediction, prediction.time.total_s)
+        return partition_of(prediction, prediction.time.total_s), prediction.graph
     ipu = prediction.fullest[1]
     raise PartitionError(
         f"the IPU configuration does not fit: {prediction.tile_text(ipu)}; move layers to other "
@@ -332,7 +336,7 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
 
 def _check_begins(prediction: Prediction) -> None:
     """Refuse stages that poptorch cannot begin: ``BeginBlock`` takes the calls of modules."""
-    homes: dict[str, int] = {}
+    homes: dict[tuple[str | None, str], int] = {}
     for index, stage in enumerate(prediction.layout.stages):
         blocks = [prediction.graph[name] for name in stage.blocks]
         if index and (blocks[0].module is None or blocks[0].kind == "loss"):
@@ -341,12 +345,13 @@ def _check_begins(prediction: Prediction) -> None:
                 "module's call; move layers so that it is on the IPU of the block before it"
             )
         for block in blocks:
-            home = homes.setdefault(block.module or "", stage.ipu)
-            if block.module and block.parameters and home != stage.ipu:
-                raise PartitionError(
-                    f"the IPU configuration calls module {block.module!r} on IPUs {home} and "
-                    f"{stage.ipu}, but its weights are on one; put all its calls onto one IPU"
-                )
+            for fqn in block.parameters if block.module else ():
+                home = homes.setdefault((block.module, fqn), stage.ipu)
+                if home != stage.ipu:
+                    raise PartitionError(
+                        f"the IPU configuration calls module {block.module!r} on IPUs {home} and "
+                        f"{stage.ipu}, but its weights are on one; put all its calls onto one IPU"
+                    )
 
 
 def prediction_of(plan: Plan) -> Prediction:

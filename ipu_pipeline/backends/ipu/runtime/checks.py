@@ -7,7 +7,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import nn
 
-from .placement import place
+from .placement import calls_of, place
 
 
 class BundleError(ValueError):
@@ -73,13 +73,14 @@ def check_order(
         BundleError: A module runs before one of an earlier stage, or no block of a stage runs.
     """
     called: list[str] = []
-    turns: dict[int, list[str]] = {}
+    of_module: dict[int, list[Mapping[str, Any]]] = {}
     for block in blocks:
-        turns.setdefault(id(modules[block["module"]]), []).append(block["block"])
+        of_module.setdefault(id(modules[block["module"]]), []).append(block)
+    turns = {module: calls_of(own) for module, own in of_module.items()}
 
     def note(module: nn.Module, _args: Any) -> None:
-        names = turns[id(module)]
-        called.append(names.pop(0) if len(names) > 1 else names[0])
+        left = turns[id(module)]
+        called.extend(b["block"] for b in (left.pop(0) if len(left) > 1 else left[0]))
 
     distinct = {id(modules[block["module"]]): modules[block["module"]] for block in blocks}
     handles = [module.register_forward_pre_hook(note) for module in distinct.values()]

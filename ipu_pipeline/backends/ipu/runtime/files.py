@@ -112,6 +112,17 @@ def _blocks(folder: Path) -> Any:
                     f"model_parallel.py: {name} of block {block['block']!r} is "
                     f"{block[name]!r:.80}; give a whole number from 0 on"
                 )
+        rows = block.get("rows")
+        if rows is not None and not (
+            isinstance(rows, tuple)
+            and len(rows) == 2
+            and all(isinstance(n, int) for n in rows)
+            and 0 <= rows[0] < rows[1]
+        ):
+            raise BundleError(
+                f"model_parallel.py: rows of block {block['block']!r} are {rows!r:.80}; give "
+                "(first, end), or leave them out"
+            )
         other = block.get("inference")
         numbers = other is None or (
             isinstance(other, tuple)

@@ -1,18 +1,17 @@
 """Put the annotations of a plan on a model, and take every one of them off again.
 
-Modules are found also where this transformers version names them otherwise. Serialized tables keep
-their parameters, hooks and names; only their ``forward`` is another one until :func:`restore`.
+Modules are found also where this transformers version names them otherwise.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 from typing import Any, Callable, Mapping, Sequence, Tuple
 
 from torch import Tensor, nn
-from torch.nn import functional
+
+from .tables import Part, cut, find_table, restore
 
 
 class PlacementError(ValueError):
@@ -25,13 +24,18 @@ class Placement:
     Args:
         model: The user's model.
         annotations: One mapping per block, in execution order: ``block``, ``module``, ``stage``,
-            ``ipu``, ``again``, ``checkpoint``, ``serialize``, ``inference``. The last one is the
-            stage, the IPU and the slices in evaluation; ``None``: as in training.
+            ``ipu``, ``again``, ``checkpoint``, ``serialize``, ``inference``, ``rows``. The last
+            but one is stage, IPU and slices in evaluation, ``None``: as in training; the last are
+            the rows of its module's table that it has, ``None``: all.
         planned_parameters: See :func:`find_modules`.
         poptorch: The front end.
 
     A module that stands for several blocks (one embedding for encoder and decoder) begins them in
-    turn: its first call the first, its second call the second.
+    turn: its first call the first, its second call the second. Blocks that have the rows of one
+    table begin one after the other within a call.
+
+    Attributes:
+        parts: Names of the parameters that took the place of a spread table's, by its name.
 
     Raises:
         PlacementError: Blocks on two IPUs use the same parameter.
@@ -51,6 +55,9 @@ class Placement:
         self.poptorch = poptorch
         self._handles: list[Any] = []
         self._tables: list[nn.Module] = []
+        self._idle: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._rows: dict[int, dict[tuple[int, int], nn.Parameter]] = {}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         paths = [annotation["module"] for annotation in self.annotations]
         self.modules = find_modules(model, paths, planned_parameters)
         self.begun = _distinct(self.annotations, self.modules)
@@ -59,6 +66,11 @@ class Placement:
         except Exception:
             self.undo()
             raise
+        here = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.parts = {
+            names[whole]: [here[id(rows[key])] for key in sorted(rows)]
+            for whole, rows in self._rows.items()
+        }
 
     def strategy(self, *, pipelined: bool = True) -> Any:
         """Return the execution strategy: one stage per stage of the plan, on its IPU.
@@ -76,15 +88,22 @@ class Placement:
         self.poptorch.removeBlocks(self.model)
         for table in self._tables:
             restore(table)
-        self._handles, self._tables = [], []
+        for module, parameters in self._idle:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        self._handles, self._tables, self._idle = [], [], []
 
     def _check_variables(self) -> None:
         """Refuse a parameter that modules on two IPUs hold: PopART copies no variables."""
         for training in (True, False):
-            homes: dict[int, Mapping[str, Any]] = {}
+            homes: dict[tuple[int, Any], Mapping[str, Any]] = {}
             for annotation in self.annotations:
-                for name, parameter in self.modules[annotation["module"]].named_parameters():
-                    home = homes.setdefault(id(parameter), annotation)
+                rows, module = annotation.get("rows"), self.modules[annotation["module"]]
+                table = rows and find_table(module, annotation["block"]).weight
+                for name, parameter in module.named_parameters():
+                    if rows and parameter is not table:  # the front end looks where it is used
+                        continue
+                    home = homes.setdefault((id(parameter), rows), annotation)
                     here, there = (
                         place(annotation, training=training)[1],
                         place(home, training=training)[1],
@@ -106,31 +125,77 @@ class Placement:
             by_module.setdefault(id(self.modules[annotation["module"]]), []).append(annotation)
         for together in by_module.values():
             self._put(together, self.modules[together[0]["module"]], shared)
+        for module in self.model.modules():  # that hold a spread weight and never run
+            left = [n for n, p in module._parameters.items() if id(p) in self._rows]
+            if left:
+                self._idle.append((module, dict(module._parameters)))
+                for name in left:
+                    del module._parameters[name]
 
     def _put(
         self, annotations: Sequence[Mapping[str, Any]], module: nn.Module, shared: _SharedParameters
     ) -> None:
         """Put all annotations of one module on it."""
-        first = annotations[0]
+        first, calls = annotations[0], calls_of(annotations)
+        turns = _Turns(calls, self.model, self.poptorch)
+        is_spread = any(annotation.get("rows") for annotation in annotations)
         slices = [
             max(place(a, training=training)[2] for a in annotations) for training in (True, False)
         ]
-        if max(slices) > 1:
-            for factor in slices:
-                table = find_table(module, factor, first["block"])
-            serialize(table, *slices)
-            self._tables.append(table)
+        if is_spread or max(slices) > 1:
+            self._cut(find_table(module, first["block"]), calls, turns)
         # Before the block begins: the hook then still runs in the block before this one.
         self._handles.extend(shared.watch(module))
-        if len(annotations) == 1 and place(first, training=False)[:2] == place(first)[:2]:
+        alone = len(annotations) == 1 and place(first, training=False)[:2] == place(first)[:2]
+        if alone:
             self.poptorch.BeginBlock(module, user_id=_stage_name(first), ipu_id=first["ipu"])
         else:
-            turns = _Turns(annotations, self.model, self.poptorch)
             self._handles.append(module.register_forward_pre_hook(turns.begin))
             self._handles.append(self.model.register_forward_pre_hook(turns.restart))
-        if any(annotation["checkpoint"] for annotation in annotations):
+        if any(call[-1]["checkpoint"] for call in calls):
             keep = functools.partial(_checkpoint, self.poptorch)
             self._handles.append(module.register_forward_hook(keep))
+
+    def _cut(
+        self, table: nn.Embedding | nn.Linear, calls: Sequence[Sequence[Any]], turns: _Turns
+    ) -> None:
+        """Let ``table`` compute in the slices, and with the rows, that its blocks ask for."""
+        weight = table.weight
+        made = self._rows.setdefault(id(weight), {}) if calls[0][0].get("rows") else {}
+        parts = []
+        for number, blocks in enumerate(zip(*calls)):
+            rows = tuple(blocks[0].get("rows") or (0, len(weight)))
+            factors = [max(place(a, training=t)[2] for a in blocks) for t in (True, False)]
+            later = number + 1 < len(calls[0])
+            parts.append(
+                Part(
+                    blocks[0]["block"],
+                    rows,
+                    (factors[0], factors[1]),
+                    functools.partial(turns.begin_part, number) if number else None,
+                    later and any(a["checkpoint"] for a in blocks),
+                )
+            )
+        if any(
+            [a.get("rows") for a in call] != [a.get("rows") for a in calls[0]] for call in calls
+        ):
+            raise PlacementError(
+                "{!r} has other rows in one call than in another".format(calls[0][0]["block"])
+            )
+        cut(table, parts, made)
+        self._tables.append(table)
+
+
+def calls_of(annotations: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return the blocks that begin in each call of their module: the first rows begin another."""
+    calls: list[list[Mapping[str, Any]]] = []
+    for annotation in annotations:
+        rows = annotation.get("rows")
+        if calls and rows and rows[0]:
+            calls[-1].append(annotation)
+        else:
+            calls.append([annotation])
+    return calls
 
 
 def place(annotation: Mapping[str, Any], *, training: bool = True) -> tuple[int, int, int]:
@@ -152,9 +217,9 @@ class _Turns:
     """
 
     def __init__(
-        self, annotations: Sequence[Mapping[str, Any]], model: nn.Module, poptorch: Any
+        self, blocks: Sequence[Sequence[Mapping[str, Any]]], model: nn.Module, poptorch: Any
     ) -> None:
-        self._annotations = annotations
+        self._blocks = blocks
         self._model = model
         self._poptorch = poptorch
         self._calls = 0
@@ -163,8 +228,12 @@ class _Turns:
         self._calls = 0
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
-        annotation = self._annotations[min(self._calls, len(self._annotations) - 1)]
         self._calls += 1
+        self.begin_part(0)
+
+    def begin_part(self, number: int) -> None:
+        """Begin the block that has the part ``number`` of a spread table, in the call that runs."""
+        annotation = self._blocks[min(self._calls, len(self._blocks)) - 1][number]
         training = self._model.training
         ipu = place(annotation, training=training)[1]
         self._poptorch.Block.start(user_id=_stage_name(annotation, training=training), ipu_id=ipu)
@@ -235,7 +304,7 @@ def _distinct(
     begun = []
     for annotation in annotations:
         key = id(modules[annotation["module"]])
-        if key not in seen or len(stages[key]) > 1:
+        if key not in seen or len(stages[key]) > 1 or annotation.get("rows"):
             seen.add(key)
             begun.append(annotation)
     return begun
@@ -331,104 +400,3 @@ def _message(
         f"for {len(members)} that the plan names{hint}; use the transformers version the plan was "
         "made with, or correct the paths"
     )
-
-
-class _SlicedLinear:
-    """``forward`` of an ``nn.Linear`` whose product runs in slices of the output channels."""
-
-    weight: Tensor
-    bias: Tensor | None
-    training: bool
-    serialization_factors: tuple[int, int]
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor = self.serialization_factors[not self.training]
-        if factor == 1:
-            return functional.linear(x, self.weight, self.bias)
-        poptorch = importlib.import_module("poptorch")
-        y: Tensor = poptorch.serializedMatMul(
-            x,
-            self.weight.t(),
-            poptorch.MatMulSerializationMode.OutputChannels,
-            factor,
-        )
-        return y if self.bias is None else y + self.bias
-
-
-class _SlicedEmbedding:
-    """``forward`` of an ``nn.Embedding`` that looks up one slice of the rows after the other."""
-
-    weight: Tensor
-    num_embeddings: int
-    padding_idx: int | None
-    training: bool
-    serialization_factors: tuple[int, int]
-
-    def forward(self, ids: Tensor) -> Tensor:
-        factor = self.serialization_factors[not self.training]
-        if factor == 1:
-            return functional.embedding(ids, self.weight, self.padding_idx)
-        rows = self.num_embeddings // factor
-        total: Tensor | None = None
-        for number in range(factor):
-            first = number * rows
-            part = sliced_lookup(ids, self.weight[first : first + rows], first, self.padding_idx)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
-
-
-def sliced_lookup(ids: Tensor, rows: Tensor, first: int, padding_idx: int | None = None) -> Tensor:
-    """Look up ``ids`` in ``rows``, the table's rows from ``first`` on; zeros for other ids."""
-    inside = ((ids >= first) & (ids < first + rows.shape[0])).to(rows.dtype)
-    local = (ids - first).clamp(0, rows.shape[0] - 1)
-    padding = None if padding_idx is None else padding_idx - first
-    if padding is not None and not 0 <= padding < rows.shape[0]:
-        padding = None
-    return functional.embedding(local, rows, padding) * inside.unsqueeze(-1)
-
-
-def find_table(module: nn.Module, factor: int, name: str) -> nn.Embedding | nn.Linear:
-    """Return the table of ``module``: its embedding or linear layer with the most rows.
-
-    Raises:
-        ValueError: There is none, it has an option that slices cannot keep, or ``factor`` does
-            not divide its rows.
-    """
-    tables = [part for part in module.modules() if isinstance(part, (nn.Embedding, nn.Linear))]
-    if not tables:
-        raise ValueError(
-            f"block {name!r} is serialized by {factor}, but has no embedding and no linear layer; "
-            "set its factor to 1"
-        )
-    table = max(tables, key=lambda part: part.weight.shape[0])
-    rows = table.weight.shape[0]
-    if rows % factor:
-        divisors = [n for n in range(2, 65) if rows % n == 0]
-        raise ValueError(
-            f"serialization factor {factor} of {name!r} does not divide its {rows} rows; divisors "
-            f"up to 64: {divisors or 'none'}; choose one, or pad the table"
-        )
-    if isinstance(table, nn.Embedding) and (
-        table.max_norm or table.sparse or table.scale_grad_by_freq
-    ):
-        raise ValueError(
-            f"the embedding of {name!r} has max_norm, sparse or scaled gradients, which slices "
-            "cannot keep; set its factor to 1"
-        )
-    return table
-
-
-def serialize(table: nn.Embedding | nn.Linear, factor: int, inference_factor: int) -> None:
-    """Make ``table`` compute in slices, so many in each mode; :func:`restore` undoes it."""
-    own = type(table)
-    behaviour = _SlicedEmbedding if isinstance(table, nn.Embedding) else _SlicedLinear
-    changed: Any = table
-    changed.serialization_factors = (factor, inference_factor)
-    changed.__class__ = type("Serialized" + own.__name__, (behaviour, own), {"original": own})
-
-
-def restore(table: Any) -> None:
-    """Give ``table`` its own class back."""
-    table.__class__ = type(table).original
-    del table.serialization_factors

@@ -80,6 +80,9 @@ class SdkModel:
         kept = self.model.state_dict()
         _check_same("buffer", buffers, {name: kept.get(name) for name in buffers})
         self._tie(theirs)
+        # While a table is spread over IPUs, its weight is no parameter of the model.
+        self._own = dict(self.model.named_parameters(remove_duplicate=False))
+        self._named = dict(self.model.named_parameters())
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy ``tensors`` into the parameters and buffers of these names.
@@ -97,9 +100,8 @@ class SdkModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters, each once, and saved buffers, by the names of the other side."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
         found: dict[str, Tensor] = {
-            name: own[self._theirs[name]]
+            name: self._own[self._theirs[name]]
             for name, about in self._parameters.items()
             if about["same_as"] == name
         }
@@ -109,7 +111,7 @@ class SdkModel:
 
     def names(self) -> dict[str, str]:
         """Return the other side's name of every parameter here."""
-        own: dict[int, str] = {id(p): name for name, p in self.model.named_parameters()}
+        own: dict[int, str] = {id(p): name for name, p in self._named.items()}
         return {own[id(value)]: name for name, value in self.tensors().items() if id(value) in own}
 
     def finish(self) -> None:
@@ -117,9 +119,8 @@ class SdkModel:
         for name, value in self.tensors().items():
             about = self._parameters.get(name) or self._buffers[name]
             value.data = value.data.to(getattr(torch, about["dtype"]))
-        own = dict(self.model.named_parameters(remove_duplicate=False))
         for name, about in self._parameters.items():
-            own[self._theirs[name]].requires_grad_(about["trained"])
+            self._own[self._theirs[name]].requires_grad_(about["trained"])
 
     def _tie(self, theirs: Mapping[str, nn.Parameter]) -> None:
         """Share the parameters that the other side shares, and no others."""

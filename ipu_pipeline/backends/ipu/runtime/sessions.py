@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .device import make_optimizer, make_options, mean_loss
@@ -160,7 +161,13 @@ class Sessions:
         """Return the optimizer's state by the device's names; before the first step, what waits."""
         if self.training is None or not self.training.isCompiled():
             return self.next_state
-        return self.device_optimizer.state_dict()["ipu_state"] or {}
+        found = dict(self.device_optimizer.state_dict()["ipu_state"] or {})
+        for name, parts in self.placement.parts.items():
+            kinds = [key[: -len(parts[0])] for key in found if key.endswith("___" + parts[0])]
+            for kind in kinds:
+                values = [found.pop(kind + part) for part in parts]
+                found[kind + name] = torch.cat(values) if values[0].dim() else values[0]
+        return found
 
     def fetch_weights(self) -> None:
         """Bring the host's weights up to date."""
@@ -240,7 +247,14 @@ class Sessions:
 
     def _make_optimizer(self, named: Groups) -> Any:
         groups = [
-            {**group, "params": [self._parameters[name] for name in group["params"]]}
+            {
+                **group,
+                "params": [
+                    self._parameters[part]
+                    for name in group["params"]
+                    for part in self.placement.parts.get(name, [name])
+                ],
+            }
             for group in named
         ]
         return make_optimizer(self._settings, groups, self._poptorch)
@@ -260,10 +274,21 @@ class Sessions:
             )
         self.training.setOptimizer(self.device_optimizer)
 
+    def _in_parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return state with that of spread tables by the names of their parts."""
+        found = dict(state)
+        for name, parts in self.placement.parts.items():
+            sizes = [len(self._parameters[part]) for part in parts]
+            for key in [key for key in state if key.endswith("___" + name)]:
+                value, kind = found.pop(key), key[: -len(name)]
+                values = [value] * len(parts) if not value.dim() else value.split(sizes)
+                found.update((kind + part, v.clone()) for part, v in zip(parts, values))
+        return found
+
     def _hand_over_state(self) -> None:
         if self.next_state:
             own = self.device_optimizer.state_dict()
             scaling = {"lossScaling": self._settings["loss_scaling"]}
-            given = {**own, "ipu_state": self.next_state, "ipu_param": scaling}
+            given = {**own, "ipu_state": self._in_parts(self.next_state), "ipu_param": scaling}
             self.device_optimizer.load_state_dict(given)
         self.next_state = {}

@@ -75,12 +75,3 @@ def test_a_tied_table_is_held_once() -> None:
     graph, settings = layered(2), _settings(0, 1, 1)
     held = PlacedProgram(graph, make_layout(graph, settings), settings, CHIP).held
     assert held == ({"wte": VOCAB * 256}, {"layer.0.weight": 256**2}, {"layer.1.weight": 256**2})
-
-
-def test_a_split_table_is_held_in_shares() -> None:
-    graph = layered(2, tied=False)
-    settings = _settings(0, 1, 1, embedding_splits=(3, 1, 0), projection_splits=(0, 1, 1))
-    held = PlacedProgram(graph, make_layout(graph, settings), settings, CHIP).held
-    assert held[0] == {"wte": VOCAB * 256 * 3 // 4}
-    assert held[1]["wte"] == VOCAB * 256 // 4
-    assert held[1]["head.weight"] == held[2]["head.weight"] == VOCAB * 256 // 2

@@ -119,15 +119,6 @@ def test_an_ipu_without_blocks_is_empty() -> None:
     assert _memory(replace(RUN, layers_per_ipu=(0, 2, 0)), graph)[2] == IPUMemory()
 
 
-def test_an_ipu_may_hold_a_slice_of_a_table_only() -> None:
-    graph = layered(2, tied=False)
-    run = replace(RUN, layers_per_ipu=(1, 1, 0), head_ipu=1, embedding_splits=(1, 0, 1))
-    first, _, last = _memory(run, graph)
-    assert last.weights == VOCAB * 256
-    assert first.weights == VOCAB * 256 + 256 * 256 * 2
-    assert last.activations == last.stash == 0
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.booleans())
 def test_more_samples_never_need_less(batch: int, factor: int, checkpoint: bool) -> None:

@@ -17,14 +17,15 @@ from ipu_pipeline.backends.ipu.runtime.device import (
     mean_loss,
     synthetic_data,
 )
-from ipu_pipeline.backends.ipu.runtime.placement import (
-    Placement,
+from ipu_pipeline.backends.ipu.runtime.placement import Placement
+from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
+from ipu_pipeline.backends.ipu.runtime.tables import (
+    Part,
+    cut,
     find_table,
     restore,
-    serialize,
     sliced_lookup,
 )
-from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
 from tests.backends.ipu.emulated import case
 
@@ -161,7 +162,7 @@ def test_a_lookup_in_slices(padding: int | None) -> None:
     sliced = nn.Embedding(6, 4, padding_idx=padding)
     sliced.load_state_dict(plain.state_dict())
     keys, own = list(sliced.state_dict()), type(sliced)
-    serialize(sliced, 3, 3)
+    cut(sliced, [Part("x", (0, 6), (3, 3))], {})
     ids = torch.tensor([[0, 5, 4], [1, 2, 4]])
     for table in (plain, sliced):
         (table(ids) ** 2).sum().backward()
@@ -170,7 +171,7 @@ def test_a_lookup_in_slices(padding: int | None) -> None:
     restore(sliced)
     assert type(sliced) is own
     assert list(sliced.state_dict()) == keys
-    assert "serialization_factors" not in sliced.__dict__
+    assert not {"parts", "names", "parameters_before"} & {*sliced.__dict__}
 
 
 def test_ids_of_other_slices_give_zeros() -> None:
@@ -184,7 +185,7 @@ def test_a_projection_in_slices(bias: bool, poptorch: Any) -> None:
     linear = nn.Linear(4, 6, bias=bias)
     x = torch.randn(2, 3, 4)
     expected = linear(x)
-    serialize(linear, 2, 1)
+    cut(linear, [Part("x", (0, 6), (2, 1))], {})
     assert torch.equal(linear.eval()(x), expected)
     linear.train()
     torch.testing.assert_close(linear(x), expected)
@@ -193,16 +194,18 @@ def test_a_projection_in_slices(bias: bool, poptorch: Any) -> None:
 
 
 def test_what_cannot_be_sliced() -> None:
-    with pytest.raises(ValueError, match=r"block 'x' is serialized by 2, but has no embedding"):
-        find_table(nn.LayerNorm(3), 2, "x")
+    with pytest.raises(ValueError, match=r"block 'x' is serialized, but has no embedding"):
+        find_table(nn.LayerNorm(3), "x")
     with pytest.raises(
         ValueError, match=r"factor 4 of 'x' does not divide its 6 rows; .*\[2, 3, 6\]"
     ):
-        find_table(nn.Linear(2, 6), 4, "x")
+        cut(nn.Linear(2, 6), [Part("x", (0, 6), (4, 1))], {})
     with pytest.raises(ValueError, match=r"factor 2 of 'x' does not divide its 67 rows; .* none"):
-        find_table(nn.Linear(2, 67), 2, "x")
+        cut(nn.Linear(2, 67), [Part("x", (0, 67), (2, 1))], {})
     with pytest.raises(ValueError, match=r"max_norm, sparse or scaled gradients, which slices can"):
-        find_table(nn.Embedding(6, 2, max_norm=1.0), 2, "x")
+        find_table(nn.Embedding(6, 2, max_norm=1.0), "x")
+    with pytest.raises(ValueError, match=r"'x' has 6 rows, its blocks have 0 to 2, 3 to 6; every"):
+        cut(nn.Embedding(6, 2), [Part("x", (0, 2)), Part("y", (3, 6))], {})
 
 
 # ---- placement ------------------------------------------------------------------------------
