@@ -45,6 +45,7 @@ def test_ranks_decide_alike(two: Processes) -> None:
         assert found["stopped"] == 10
         assert found["in_turn"]
         assert "the ranks have drawn different tokens, so that none" in found["refused"]
+        assert found["again"]
         assert found["left"] == []
 
 
