@@ -98,6 +98,11 @@ def graph_table(graph: BlockGraph) -> str:
     return render_table(columns, rows)
 
 
+def counted(number: int, word: str) -> str:
+    """Return a number with its word: ``1 replica``, ``2 replicas``, ``2 microbatches``."""
+    return f"{number} {word}" + ("" if number == 1 else "es" if word.endswith("ch") else "s")
+
+
 def explain_plan(plan: Plan) -> str:
     """Return the whole plan as text: what goes where, what it costs, how good it is and why."""
     bound = "no lower bound is known"
@@ -105,12 +110,17 @@ def explain_plan(plan: Plan) -> str:
         least = milliseconds(plan.lower_bound_s)
         scope = ""
         if plan.machine.devices[0].kernels is not None:
-            scope = f" with {plan.replicas} {'replica' if plan.replicas == 1 else 'replicas'}"
+            scope = f" with {counted(plan.replicas, 'replica')}"
         bound = f"no split{scope} is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
-        f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
-        f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
-        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
+        f"Plan for {plan.model.model_class} on {plan.machine.name}: "
+        f"{counted(plan.num_stages, 'stage')}, {plan.schedule}, "
+        f"{counted(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
+        + "".join(
+            f", {name} {plan.settings[name]}"
+            for name in ("tp", "cp", "ep")
+            if plan.settings.get(name, 1) != 1
+        )
         + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
         stage_table(plan),
         f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
@@ -118,6 +128,12 @@ def explain_plan(plan: Plan) -> str:
     rates = rates_of(plan)
     if rates is not None and rates.mfu is not None:
         lines.append(rates.text())
+        most = len(plan.machine.devices) * plan.replicas // rates.num_devices
+        if most > plan.replicas:
+            lines.append(
+                f"{rates.num_devices} of {len(plan.machine.devices)} GPUs are used; more replicas, "
+                "and as many more microbatches, would use the others"
+            )
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
     lines += annotation_lines(plan)

@@ -19,7 +19,6 @@ import io
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
@@ -28,14 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 from typer.testing import CliRunner
 
 from ipu_pipeline.cli import app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?[^\n]*\n(.*?)^```$', re.M | re.S)
 RUNNER = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})

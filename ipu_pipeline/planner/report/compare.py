@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
-from ipu_pipeline.ir.text import milliseconds, render_table, shortened, unit_of
+from ipu_pipeline.ir.text import counted, milliseconds, render_table, shortened, unit_of
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline
 
@@ -56,10 +56,17 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
             f"{milliseconds(pace_of(first).seconds)} ms"
         )
     faster = f"{names[1]} trains {times:.3f} times as many samples/s as {names[0]}"
-    if [p.num_microbatches for p in (first, second)] != [first.num_microbatches] * 2:
-        return f"{faster}: its step has {second.num_microbatches} microbatches, not " + str(
-            first.num_microbatches
-        )
+    pairs = {
+        "runs on {}, not {}": [(_num_devices(plan), "device") for plan in (first, second)],
+        "has {} a step, not {}": [(p.num_microbatches, "microbatch") for p in (first, second)],
+    }
+    other = [
+        text.format(counted(*after), before[0])
+        for text, (before, after) in pairs.items()
+        if before != after
+    ]
+    if other:
+        return f"{faster}: it {', and '.join(other)}"
     paces = [pace_of(plan) for plan in (first, second)]
     slower_s = seconds[1] - seconds[0]
     paced_s = first.num_microbatches * (paces[1].seconds - paces[0].seconds)
@@ -77,12 +84,18 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
     )
 
 
+def _num_devices(plan: Plan) -> int:
+    """Return how many devices work for a plan, all replicas together."""
+    rates = rates_of(plan)
+    return rates.num_devices if rates else 0
+
+
 def _counted(plan: Plan, blocks: Sequence[str]) -> str:
     """Return what a device holds: ``10 layers, embed_tokens``."""
     kinds = {block.name: block.kind for block in plan.blocks}
     layers = sum(kinds[name] == "layer" for name in blocks)
     others = [name for name in blocks if kinds[name] != "layer"]
-    parts = ([f"{layers} layers"] if layers else []) + ([shortened(others)] if others else [])
+    parts = ([counted(layers, "layer")] if layers else []) + ([shortened(others)] if others else [])
     return ", ".join(parts) or "nothing"
 
 
@@ -103,9 +116,15 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
     found = {
         "model": plan.model.model_class,
         "machine": plan.machine.name,
-        "stages": f"{plan.num_stages} on {len({s.device for s in plan.stages})} devices",
+        "stages": (
+            f"{plan.num_stages} on {counted(len({s.device for s in plan.stages}), 'device')}"
+        ),
+        "devices of all replicas": str(_num_devices(plan)),
         "schedule": plan.schedule,
-        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {plan.replicas} replicas",
+        "batch": (
+            f"{plan.num_microbatches} x {plan.micro_batch_size} x "
+            f"{counted(plan.replicas, 'replica')}"
+        ),
         "step ms": milliseconds(plan.objective_s),
         "busiest device ms a microbatch": milliseconds(pace_of(plan).seconds),
         "bubble": f"{timeline.bubble_fraction:.1%}",

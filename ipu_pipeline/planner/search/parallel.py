@@ -91,9 +91,9 @@ def pipeline_shapes(
         raise PartitionError(problem)
     if not found:
         raise PartitionError(
-            f"no pipeline to try: {constraints.replicas} replicas, "
-            f"{constraints.num_stages or 'any number of'} stages, {available} devices, "
-            f"{len(graph.blocks)} blocks"
+            f"no pipeline to try: stages {constraints.num_stages or 'any'} (at most "
+            f"{constraints.max_stages or 'any'}), replicas {constraints.replicas}, devices "
+            f"{available}, blocks {len(graph.blocks)}"
         )
     return found
 
@@ -108,7 +108,8 @@ def check_depth(graph: BlockGraph, num_stages: int) -> None:
         raise PartitionError("the graph has no block to place")
     if num_stages > len(graph.blocks):
         raise PartitionError(
-            f"{num_stages} stages need at least as many blocks, the graph has {len(graph.blocks)}"
+            f"{num_stages} stages need at least as many blocks, the graph has "
+            f"{len(graph.blocks)}; ask for fewer, or for smaller blocks (granularity)"
         )
 
 
