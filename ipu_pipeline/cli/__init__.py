@@ -141,7 +141,7 @@ Microbatches = Annotated[
     counted(
         "--microbatches",
         "num_microbatches",
-        "Per step of a replica, of all if these are searched; default: the config's, or at least 8.",
+        "Per step of a replica, or of all if searched; default: the config's, or at least 8.",
     ),
 ]
 Replicas = Annotated[
