@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
@@ -142,12 +143,19 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
     return found
 
 
+def _setting(plan: Plan, name: str) -> Any:
+    """Return a setting as shown; GPUs run this project's own engine where none is named."""
+    gpus = plan.machine.devices[0].kernels is not None
+    found = plan.settings.get(name, "torch" if gpus and name == "engine" else "not set")
+    return ", ".join(map(str, found)) if isinstance(found, list | tuple) else found
+
+
 def _differences(first: Plan, second: Plan) -> Iterator[str]:
     """Yield what the plans decide differently, one line each."""
     if first.model != second.model:
         yield "they are plans of different models: their times say little about each other"
     for name in sorted({*first.settings, *second.settings}):
-        own, other = (plan.settings.get(name, "not set") for plan in (first, second))
+        own, other = (_setting(plan, name) for plan in (first, second))
         if own != other and not all(value in ("not set", 1) for value in (own, other)):
             yield f"{name}: {own} against {other}"
     recomputed = [sum(len(stage.recompute) for stage in plan.stages) for plan in (first, second)]

@@ -46,5 +46,9 @@ def test_fill_and_update_are_the_reason_where_the_paces_are_equal() -> None:
 def test_settings_and_models_that_differ_are_named() -> None:
     first, second = planned("Et*3|t*3L", dp=8), planned("Et*3|t*3L", dp=4, tp=2)
     assert "tp: not set against 2" in compare_text(first, second, ("a", "b"))
+    own = replace(first, settings={"recompute": ["mlp", "layernorm"]})
+    said = compare_text(first, own, ("a", "b"))
+    assert "engine: megatron against torch\n" in said
+    assert "recompute: not set against mlp, layernorm\n" in said
     other = replace(second, model=replace(second.model, model_class="Other"))
     assert "plans of different models" in compare_text(first, other, ("a", "b"))
