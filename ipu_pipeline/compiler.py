@@ -20,6 +20,7 @@ from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
@@ -310,8 +311,8 @@ def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:
     depth = config.num_ipus()
     if num_stages not in (None, depth):
         raise ValueError(
-            f"num_stages is {num_stages}, but the IPU configuration has {depth} IPUs in a replica; "
-            "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
+            f"num_stages is {num_stages}, but the IPU configuration has {count_of(depth, 'IPU')} "
+            "in a replica; leave num_stages out, or change layers_per_ipu and ipus_per_replica"
         )
     return depth
 
