@@ -1,13 +1,15 @@
-"""A vocabulary spread over two processes, against the best splits of whole blocks.
+"""A vocabulary spread over processes, against the best splits of whole blocks.
 
-    python -m benchmarks.vocabulary_spread [--vocabulary 262144] [--rounds 5] [--json]
+    python -m benchmarks.vocabulary_spread [--vocabulary 262144] [--processes 2] [--rounds 5]
+        [--json]
 
 A GPT-2 with tied tables is trained by gloo processes with one thread each: under our split of
 whole blocks, by profiled costs; the same with its projection and loss in slices, which hold no
 whole logits; and with the vocabulary spread evenly. All three step in every round, by turns first.
 Peaks of resident memory are those of jobs of their own, what Python and torch take without a model
-left out: of all, and of the third and fourth step alone, when nothing is captured any more. Before
-anything is timed all must have the same loss.
+left out: of the whole run, with all that is looked at before the first step by default, and of the
+third and fourth step alone, when nothing is captured any more. They do not depend on how busy the
+machine is: ``--rounds 0`` measures them only. Before anything is timed all must have the same loss.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from benchmarks.processes import everyones, interleaved, is_started, ratio
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
 
-PROCESSES = 2
 MODULE = "benchmarks.vocabulary_spread"
 WAYS: dict[str, dict[str, Any]] = {
     "whole blocks": {},
@@ -61,23 +62,23 @@ def make_plans(folder: Path, arguments: argparse.Namespace) -> None:
     model, example = build(arguments, arguments.micro_batch)
     for way, options in WAYS.items():
         made = ipp.plan(
-            model, example, num_stages=PROCESSES, microbatches=arguments.microbatches,
-            costs="profiled", **options,
+            model, example, num_stages=arguments.processes, microbatches=arguments.microbatches,
+            costs="profiled" if arguments.rounds else "analytic", **options,
         )  # fmt: skip
         made.save(folder / f"{way}.json")
 
 
-def compiled(way: str, arguments: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """Return this process's executable and the batch."""
+def compiled(
+    way: str, arguments: argparse.Namespace, *, checked: bool
+) -> tuple[Any, dict[str, Tensor]]:
+    """Return this process's executable and the batch; ``checked``: with all that is by default."""
     samples = arguments.micro_batch * arguments.microbatches
     model, batch = build(arguments, samples)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     plan = Plan.load(Path(arguments.plans) / f"{way}.json")
-    options = {
-        "self_check": False,
-        "loss_weights": "samples",
-        "batch_axes": dict.fromkeys(batch, 0),
-    }
+    options: dict[str, Any] = {} if checked else {
+        "self_check": False, "loss_weights": "samples", "batch_axes": dict.fromkeys(batch, 0),
+    }  # fmt: skip
     return ipp.compile(model, plan, target="distributed", optimizer=optimizer, **options), batch
 
 
@@ -85,7 +86,7 @@ def memory(way: str, arguments: argparse.Namespace) -> list[tuple[int, int]]:
     """Return the bytes that each process has taken at most: in all, and in later steps."""
     dist.barrier()
     before = _peak()
-    made, batch = compiled(way, arguments)
+    made, batch = compiled(way, arguments, checked=True)
     with made:
         for _ in range(2):
             made.train_step(batch)
@@ -108,7 +109,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
         steps: dict[str, Callable[[], object]] = {}
         losses = {}
         for way in WAYS:
-            made, batch = compiled(way, arguments)
+            made, batch = compiled(way, arguments, checked=False)
             stack.enter_context(made)
             losses[way] = made.train_step(batch).loss
             steps[way] = partial(made.train_step, batch)
@@ -136,10 +137,10 @@ def worker(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def job(given: Sequence[str]) -> Any:
+def job(given: Sequence[str], processes: int) -> Any:
     """Run a job of processes; return what the first one has printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(PROCESSES), "-m", MODULE, *given]
+    command += ["--nproc-per-node", str(processes), "-m", MODULE, *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"found"')]
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plans", help=argparse.SUPPRESS)
@@ -169,30 +171,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_plans(Path(folder), arguments)
         common = [*(word for word in given if word != "--json"), "--plans", folder]
-        found = job(common)
-        found["peak_bytes"] = {way: job([*common, "--memory", way]) for way in WAYS}
+        run = partial(job, processes=arguments.processes)
+        found = run(common) if arguments.rounds else {}
+        found["peak_bytes"] = {way: run([*common, "--memory", way]) for way in WAYS}
     print(json.dumps(found, indent=1) if arguments.json else table(found))
     return 0
 
 
 def table(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    peaks = found["peak_bytes"]
+    peaks, speeds = found["peak_bytes"], found.get("samples_per_s", {})
     full, later = ({way: max(each[i] for each in peaks[way]) for way in WAYS} for i in (0, 1))
     least = [min(of[way] for way in WAYS if way != "spread") for of in (full, later)]
-    lines = ["| split | samples/s | peak of the fullest process, MB | of later steps |"]
+    lines = ["| split | samples/s | fullest process: peak of the whole run, MB | of later steps |"]
     lines.append("|---|---|---|---|")
     lines += [
-        f"| {way} | {found['samples_per_s'][way]:.2f} | {full[way] / 1e6:.0f} "
-        f"| {later[way] / 1e6:.0f} |"
+        f"| {way} | {format(speeds[way], '.2f') if speeds else 'not measured'} "
+        f"| {full[way] / 1e6:.0f} | {later[way] / 1e6:.0f} |"
         for way in WAYS
     ]
-    gain = found["gain"]
     lines.append(
-        f"\nspread: {gain['median']:.2f} x the samples/s of {found['best']} (quartiles "
-        f"{gain['low']:.2f} to {gain['high']:.2f}); {full['spread'] / least[0]:.2f} x the least "
-        f"peak, {later['spread'] / least[1]:.2f} x that of later steps"
+        f"\nspread: {full['spread'] / least[0]:.2f} x the least peak of a whole run, "
+        f"{later['spread'] / least[1]:.2f} x that of later steps"
     )
+    if speeds:
+        gain = found["gain"]
+        lines.append(
+            f"{gain['median']:.2f} x the samples/s of {found['best']} (quartiles "
+            f"{gain['low']:.2f} to {gain['high']:.2f})"
+        )
     return "\n".join(lines)
 
 

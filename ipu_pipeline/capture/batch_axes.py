@@ -32,7 +32,7 @@ from ipu_pipeline.capture.python_state import (
     seed_torch,
 )
 from ipu_pipeline.capture.state import PutBack
-from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.capture.values import compared, named_tensors
 from ipu_pipeline.errors import first_line
 
 Axes = Mapping[str, int | None]
@@ -349,7 +349,7 @@ def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
             finally:
                 changed.put_back()
                 restore()
-            tensors = {name: value.detach() for name, value in named_tensors(output)}
+            tensors = {name: compared(value) for name, value in named_tensors(output)}
             return PlainRun(tensors, counting.counts, draws, changes)
 
         yield run

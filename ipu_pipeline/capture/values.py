@@ -116,6 +116,12 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
     return [item for name, value in members for item in _named_members(name, value)]
 
 
+def compared(value: Tensor) -> Tensor:
+    """Return what a result is compared by, without graph: of logits not computed, their input."""
+    found: Tensor = getattr(value, "computed_from", value)
+    return found.detach()
+
+
 def _named_members(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value

@@ -137,6 +137,8 @@ def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if type(weight) not in (Tensor, nn.Parameter):  # of a DTensor this is a slice only
         return False
+    if weight.dim() == 2 and 0 < weight.stride(0) == weight.stride(1) and min(weight.shape) > 1:
+        return False  # the library knows no memory whose rows overlap, which stand-ins have
     return bias is None or (bias.dtype is torch.float32 and bias.dim() == 1)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,13 @@ Pointwise = tuple[Elementwise, ...]
 
 
 class Softmax(Protocol):
-    """Computes what a loss needs of logits that are never computed here."""
+    """Computes what a loss needs of logits that are not computed here.
+
+    Attributes:
+        may_be_whole: Whether they may be, for whatever needs all of them.
+    """
+
+    may_be_whole: ClassVar[bool]
 
     def cross_entropy(
         self,
@@ -71,10 +77,10 @@ class Softmax(Protocol):
         """Return the logarithm of the sum of exponentials over the classes."""
 
 
-def apply(pointwise: Pointwise, logits: Tensor) -> Tensor:
-    """Apply the functions one after the other."""
+def apply(pointwise: Pointwise, logits: Tensor, rows: slice = _ALL) -> Tensor:
+    """Apply the functions one after the other to the logits of the classes ``rows``."""
     for function in pointwise:
-        logits = function(logits)
+        logits = function(logits, rows)
     return logits
 
 
@@ -153,6 +159,11 @@ class _Projection:
     softmax: Softmax | None = None
     num_views: int = 0
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether nothing may need the logits as a whole."""
+        return self.softmax is not None and not self.softmax.may_be_whole
+
 
 class DeferredLogits(Tensor):
     """The logits ``x @ weight.T + bias``, not computed. Made by :meth:`of`."""
@@ -186,6 +197,11 @@ class DeferredLogits(Tensor):
         projection = _Projection(weight_VH, factor, hold_gradients, dtype, size, softmax)
         return _make(projection, x, bias_V, dtype)
 
+    @property
+    def computed_from(self) -> Tensor:
+        """What tells them apart from other logits of the same projection."""
+        return self.x if self._computed is None else self._computed
+
     def input(self) -> Tensor:
         """Return the input in the dtype that the projection computes in.
 
@@ -212,13 +228,13 @@ class DeferredLogits(Tensor):
             LoweringError: Gradients are switched off here: inside an ``autograd.Function`` they
                 would be lost without a word. Or the classes are spread over stages.
         """
-        if self.projection.softmax is not None:
+        if self.projection.is_spread:
             raise LoweringError(
                 "the logits are needed as a whole, and their classes are spread over stages, which "
                 "compute a cross entropy or a logsumexp of all classes; plan without vocabulary"
             )
         if self._computed is None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and self.projection.softmax is None:
                 raise LoweringError(
                     "the logits of a serialized block are read where gradients are switched off "
                     "(torch.no_grad, or an autograd.Function of the model); do not serialize that "
@@ -293,7 +309,7 @@ def _then(
 
 
 def _refuse_whole_logits(logits: DeferredLogits, func: Any) -> None:
-    if logits.projection.softmax is not None:
+    if logits.projection.is_spread:
         name = getattr(func, "__name__", str(func))
         raise LoweringError(
             f"the loss uses {name} of the logits, which needs them as a whole, and their classes "
@@ -310,7 +326,14 @@ def _refuse_hidden_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not writes and not kwargs.get("inplace"):
         return
     for each in tree_leaves((args, kwargs)):
-        if isinstance(each, DeferredLogits) and each.projection.num_views:
+        if not isinstance(each, DeferredLogits):
+            continue
+        if each.projection.softmax is not None:
+            raise LoweringError(
+                f"{name} writes into logits whose classes are spread over stages; compute others "
+                "from them, or plan without vocabulary"
+            )
+        if each.projection.num_views:
             raise LoweringError(
                 f"{name} writes into the logits of a serialized block of which the model also "
                 "holds views; do not serialize that block"
@@ -487,6 +510,7 @@ _DESCRIPTIONS = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
         *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_sparse", "is_meta")),
+        *(Tensor._version.__get__, Tensor.is_inference),  # type: ignore[attr-defined]
         *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.stride),
         *(Tensor.is_floating_point, Tensor.is_contiguous, Tensor.get_device),
     }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def softmax_part(
         product_NR = functional.linear(x_NH, narrow_RH, bias_R)
         logits_NR, slope_NR = _with_slope(product_NR, query.pointwise, rows)
         del product_NR
-        logits_NR = logits_NR.to(_loss_dtype(x_NH))
+        logits_NR = logits_NR.to(loss_dtype(x_NH))
         here = (query.target_N >= rows.start) & (query.target_N < rows.stop)
         tokens = here.nonzero().flatten()
         classes = query.target_N[tokens] - rows.start
@@ -220,14 +220,15 @@ def _with_slope(
         for step in pointwise:
             logits_NR = step(logits_NR, rows)
         (slope_NR,) = torch.autograd.grad(logits_NR, product_NR, torch.ones_like(logits_NR))
-    return logits_NR.detach(), slope_NR.to(_loss_dtype(product_NR))
+    return logits_NR.detach(), slope_NR.to(loss_dtype(product_NR))
 
 
 def _times(values: Tensor, slope: Tensor | None) -> Tensor:
     return values if slope is None else values * slope
 
 
-def _loss_dtype(x: Tensor) -> torch.dtype:
+def loss_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which losses of hidden states are computed."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
@@ -253,8 +254,14 @@ def spread_table(model: nn.Module, plan: Plan, last: Sequence[Program]) -> Sprea
             f"the loss {what}, and where the vocabulary is spread over stages it is run twice; "
             "plan without vocabulary"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    table = parameters[head.table.parameter]
+    return whole_table(model, plan)
+
+
+def whole_table(model: nn.Module, plan: Plan) -> SpreadTable:
+    """Return the table that a plan spreads."""
+    assert plan.vocabulary is not None
+    head = spread_head(plan.graph)
+    table = dict(model.named_parameters(remove_duplicate=False))[head.table.parameter]
     return SpreadTable(head.head.name, table, plan.vocabulary.by_stage, plan.vocabulary.size)
 
 
@@ -269,6 +276,8 @@ class SpreadLoss:
         queries: What it needs of them.
         given_back: What each stage gets for every query, behind the backward pass.
     """
+
+    may_be_whole: ClassVar[bool] = False
 
     table: SpreadTable
     queries: list[SoftmaxQuery] = field(default_factory=list)
@@ -305,7 +314,7 @@ class SpreadLoss:
         if self._parts is None:
             query = _query(logits, target_N, summed_V)
             self.queries.append(query)
-            none_N = query.x_NH.new_zeros(len(query.x_NH), dtype=_loss_dtype(query.x_NH))
+            none_N = query.x_NH.new_zeros(len(query.x_NH), dtype=loss_dtype(query.x_NH))
             return none_N, none_N, none_N
         number, self._asked = self._asked, self._asked + 1
         parts = {stage: found[number] for stage, found in self._parts.items()}

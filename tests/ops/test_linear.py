@@ -127,6 +127,7 @@ def test_calls_that_torch_takes(every_size: None, monkeypatch: pytest.MonkeyPatc
     assert fast_linear(x.double(), weight.double()) is None
     assert fast_linear(x, weight, bias.double()) is None
     assert fast_linear(x, weight[:, :-1]) is None  # torch says what is wrong
+    assert fast_linear(x, torch.randn(N + K).as_strided((N, K), (1, 1))) is None
     assert fast_linear(x.to("meta"), weight.to("meta")) is None
     with torch.autocast("cpu", torch.float16):
         assert fast_linear(x, weight, bias) is None

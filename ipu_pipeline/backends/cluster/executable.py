@@ -55,8 +55,10 @@ from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
+from ipu_pipeline.stages.piecewise_loss import PiecewiseLogits
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.training import in_evaluation, kept_modes
+from ipu_pipeline.stages.vocabulary import whole_table
 
 
 class DistributedExecutable(Executable):
@@ -443,6 +445,8 @@ class DistributedExecutable(Executable):
         if not self._holds_all:
             region.enter_context(freed_at_once())
         region.enter_context(self._slices.whole_stand_ins())
+        if self._rows is not None:
+            region.enter_context(PiecewiseLogits(whole_table(self.model, self.plan)))
         return region
 
     def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:

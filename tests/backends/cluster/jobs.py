@@ -77,12 +77,12 @@ def compiled(
     **options: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
     # How losses weigh is measured at the first step, which takes long: test_batches.py asks that.
-    options = {"loss_weights": "samples", **options}
+    options = {"loss_weights": "samples", "self_check": False, **options}
     model, plan, batch = built(name, **planned)
     optimizer = None
     if learning_rate is not None:
         optimizer = optimizer_class(list(model.parameters())[:num_trained], lr=learning_rate)
-    made = ipp.compile(model, plan, target=target, optimizer=optimizer, self_check=False, **options)
+    made = ipp.compile(model, plan, target=target, optimizer=optimizer, **options)
     return made, batch
 
 
