@@ -95,6 +95,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
             the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``"auto"``:
             shares that make the step shortest, where that is faster; ``None``: blocks are whole.
+            On IPUs only ``"auto"``: rows of large tables on several IPUs, one after another.
 
     Raises:
         CaptureError: The model cannot be captured.

@@ -50,6 +50,7 @@ def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> Non
     compare(two, "script", tmp_path, name=name)
 
 
+@pytest.mark.acceptance
 def test_checkpoints_the_best_model_and_resuming(two, tmp_path) -> None:
     """Logs, with dropout, are those of one process, and so are the files and what is in them."""
     compare(two, "kept", tmp_path)

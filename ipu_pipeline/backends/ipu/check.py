@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.predict import table_problems
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings, evaluation_of
@@ -166,10 +167,7 @@ def _evaluation_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    kinds = {block.name: block.kind for block in plan.blocks}
-    for group in plan.tied_groups:
-        if {kinds[name] for name in group} == {"layer"}:
-            continue  # handed to the layers as a value, which PopART copies
+    for group in one_ipu_groups(plan.graph):
         places = {name: plan.stages[plan.stage_of[name]].device for name in group}
         if len(set(places.values())) > 1:
             shown = ", ".join(f"{name} on IPU {ipu}" for name, ipu in places.items())
@@ -186,8 +184,8 @@ def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 SPREAD_VOCABULARY = (
     "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
     "step, each block on one: no pass of its own, in which every IPU works on one "
-    "microbatch's loss, fits between forward and backward pass; plan without vocabulary, "
-    "and serialize the head and the embeddings (serialize_projection, serialize_embedding)"
+    "microbatch's loss, fits between forward and backward pass; plan with vocabulary 'auto', or "
+    "say serialized_embedding_splits_per_ipu: rows of the tables on several IPUs, one after another"
 )
 
 

@@ -8,7 +8,7 @@ off the chip. Its split and memory proportions are searched exactly (``pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from time import monotonic
@@ -16,17 +16,20 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
+from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
 from ipu_pipeline.backends.ipu.prices.operations import may_serialize, slices_problem
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction, closest
 from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import splits_of, spread_graphs
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.options.vocabulary_shares import shares
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots, device_groups
@@ -124,7 +127,9 @@ class IPUPlanning:
         prediction = best_prediction(best)
         if prediction is None:
             raise self.explain(machine, constraints)
-        return partition_of(prediction, best.lower_bound_s)
+        ipus = {name: stage.ipu for stage in prediction.layout.stages for name in stage.blocks}
+        settings = splits_of(self.graph, ipus, prediction.settings)
+        return partition_of(replace(prediction, settings=settings), best.lower_bound_s)
 
     def costs(self, machine: Machine) -> GraphCosts:
         """Return the price of every block alone."""
@@ -268,7 +273,8 @@ class IPUPlanning:
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield replicas and the IPU of every stage."""
         available = len(machine.devices)
-        wanted, returning = constraints.num_stages, bool(_device_groups(self.graph, constraints))
+        wanted, returning = constraints.num_stages, len(_device_groups(self.graph, constraints))
+        returning = returning if shares(self.graph) else min(returning, 1)
         replicas = constraints.replicas
         if constraints.stage_devices is not None:
             if (max(constraints.stage_devices) + 1) * replicas <= available:
@@ -278,8 +284,9 @@ class IPUPlanning:
         for ipus in range(1, most + 1):
             if wanted in (None, ipus):
                 yield replicas, tuple(range(ipus))
-            if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
-                yield replicas, (*range(ipus), 0)
+            for back in range(1, min(ipus, returning + 1)):  # shares of a table come back in turn
+                if wanted in (None, ipus, ipus + back):
+                    yield replicas, (*range(ipus), *range(back))
             if self._ties_a_decoder and wanted in (None, ipus):
                 for last in range(1, ipus - 1):
                     yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
@@ -351,6 +358,9 @@ class IPUPlanning:
                 embedding_factors=FACTORS, projection_factors=FACTORS,
             ),
         }  # fmt: skip
+        for graph in [*spread_graphs(self.graph)][-1:]:
+            chain = ChainPrices(graph, self.chain.chip)
+            remedies["spread the tables over IPUs (vocabulary 'auto')"] = replace(self, chain=chain)
         helps = [
             what
             for what, planning in remedies.items()
@@ -405,10 +415,5 @@ def _least_microbatches(num_stages: int, graph: BlockGraph) -> int:
 
 
 def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
-    """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs.
-
-    What only layers share is handed to them as a value, which is copied.
-    """
-    kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
-    tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
-    return device_groups(graph, (*constraints.same_device, *tied))
+    """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs."""
+    return device_groups(graph, (*constraints.same_device, *one_ipu_groups(graph)))
