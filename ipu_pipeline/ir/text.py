@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.rates import rates_of
@@ -98,11 +99,6 @@ def graph_table(graph: BlockGraph) -> str:
     return render_table(columns, rows)
 
 
-def counted(number: int, word: str) -> str:
-    """Return a number with its word: ``1 replica``, ``2 replicas``, ``2 microbatches``."""
-    return f"{number} {word}" + ("" if number == 1 else "es" if word.endswith("ch") else "s")
-
-
 def explain_plan(plan: Plan) -> str:
     """Return the whole plan as text: what goes where, what it costs, how good it is and why."""
     bound = "no lower bound is known"
@@ -110,12 +106,12 @@ def explain_plan(plan: Plan) -> str:
         least = milliseconds(plan.lower_bound_s)
         scope = ""
         if plan.machine.devices[0].kernels is not None:
-            scope = f" with {counted(plan.replicas, 'replica')}"
+            scope = f" with {count_of(plan.replicas, 'replica')}"
         bound = f"no split{scope} is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
         f"Plan for {plan.model.model_class} on {plan.machine.name}: "
-        f"{counted(plan.num_stages, 'stage')}, {plan.schedule}, "
-        f"{counted(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
+        f"{count_of(plan.num_stages, 'stage')}, {plan.schedule}, "
+        f"{count_of(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
         + "".join(
             f", {name} {plan.settings[name]}"
             for name in ("tp", "cp", "ep")

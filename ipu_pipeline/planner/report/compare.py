@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
-from ipu_pipeline.ir.text import counted, milliseconds, render_table, shortened, unit_of
+from ipu_pipeline.ir.text import milliseconds, render_table, shortened, unit_of
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline
 
@@ -62,7 +63,7 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
         "has {} a step, not {}": [(p.num_microbatches, "microbatch") for p in (first, second)],
     }
     other = [
-        text.format(counted(*after), before[0])
+        text.format(count_of(*after), before[0])
         for text, (before, after) in pairs.items()
         if before != after
     ]
@@ -96,7 +97,8 @@ def _counted(plan: Plan, blocks: Sequence[str]) -> str:
     kinds = {block.name: block.kind for block in plan.blocks}
     layers = sum(kinds[name] == "layer" for name in blocks)
     others = [name for name in blocks if kinds[name] != "layer"]
-    parts = ([counted(layers, "layer")] if layers else []) + ([shortened(others)] if others else [])
+    parts = [count_of(layers, "layer")] if layers else []
+    parts += [shortened(others)] if others else []
     return ", ".join(parts) or "nothing"
 
 
@@ -110,22 +112,18 @@ def compare_text(first: Plan, second: Plan, names: Sequence[str]) -> str:
 
 
 def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
-    rates = rates_of(plan)
+    rates, replicas = rates_of(plan), count_of(plan.replicas, "replica")
+    devices = count_of(len({stage.device for stage in plan.stages}), "device")
     unit = unit_of(plan.machine)
     bound = milliseconds(plan.lower_bound_s) if plan.lower_bound_s else "not known"
     peak = max((curve.peak_bytes for curve in timeline.memory), default=0)
     found = {
         "model": plan.model.model_class,
         "machine": plan.machine.name,
-        "stages": (
-            f"{plan.num_stages} on {counted(len({s.device for s in plan.stages}), 'device')}"
-        ),
+        "stages": f"{plan.num_stages} on {devices}",
         "devices of all replicas": str(_num_devices(plan)),
         "schedule": plan.schedule,
-        "batch": (
-            f"{plan.num_microbatches} x {plan.micro_batch_size} x "
-            f"{counted(plan.replicas, 'replica')}"
-        ),
+        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {replicas}",
         "step ms": milliseconds(plan.objective_s),
         "busiest device ms a microbatch": milliseconds(pace_of(plan).seconds),
         "bubble": f"{timeline.bubble_fraction:.1%}",

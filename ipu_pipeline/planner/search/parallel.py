@@ -9,6 +9,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
@@ -127,8 +128,9 @@ def _check_devices(graph: BlockGraph, constraints: Constraints, machine: Machine
         needed -= 1
     if needed * replicas > available:
         raise PartitionError(
-            f"{depth} stages x {replicas} replicas need {needed * replicas} devices, the machine "
-            f"offers {available} ({machine.name})"
+            f"{count_of(depth, 'stage')} x {count_of(replicas, 'replica')} need "
+            f"{count_of(needed * replicas, 'device')}, the machine offers {available} "
+            f"({machine.name})"
         )
 
 
