@@ -24,7 +24,7 @@ SCRIPTS = {
         "--source_lang en --target_lang de --source_prefix to:", "loss",
     ),
     "glue": (
-        "text-classification/run_glue.py", "nli", "--task_name mnli --max_seq_length 32",
+        "text-classification/run_glue.py", "sst2", "--task_name sst2 --max_seq_length 32",
         "accuracy",
     ),
     "xnli": (
