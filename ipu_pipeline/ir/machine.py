@@ -177,6 +177,11 @@ class Device:
                     f"{sizes}"
                 )
 
+    @property
+    def scales_blocks(self) -> bool:
+        """Whether its products take a scale for every few elements, as all that have float4 do."""
+        return "float4" in self.flops_per_s
+
     def peak_flops_per_s(self, dtype: str) -> float:
         """Peak FLOP/s for ``dtype``; the float32 peak where the dtype is not listed."""
         return self.flops_per_s.get(dtype, self.flops_per_s["float32"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.examples.tasks.tiny import BERT, ENCODER, NO_DROPOUT, make_tokenizer
+from tests.later import now
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Script, demo data, its own flags, and the score that it prints.
@@ -79,7 +80,8 @@ def run(example, script, tmp_path, encoder):
     return go
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+# The others use the same trainer as one of these.
+@pytest.mark.parametrize("name", now(("clm", "summarization", "glue"), SCRIPTS))
 def test_two_stages_give_the_numbers_of_the_unsplit_model(run, tmp_path, capsys, name):
     whole = run(name, tmp_path / "whole", "--unsplit")
     split = run(name, tmp_path / "split", "--num_stages 2")

@@ -50,6 +50,7 @@ def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> Non
     compare(two, "script", tmp_path, name=name)
 
 
+@pytest.mark.acceptance
 def test_checkpoints_the_best_model_and_resuming(two, tmp_path) -> None:
     """Logs, with dropout, are those of one process, and so are the files and what is in them."""
     compare(two, "kept", tmp_path)
@@ -94,7 +95,7 @@ def test_code_around_the_model(two, tmp_path) -> None:
     """It sees what the model returns in every process; what only one has is refused."""
     names = ["parts_for_the_log", "learned_weights_of_the_tasks", "training_step_of_its_own"]
     compare(two, "live", tmp_path, tolerance=1e-5, names=names)
-    refused = ["mixup_of_embeddings", "fast_gradient_method"]
+    refused = ["penalty_on_all_weights", "mixup_of_embeddings", "fast_gradient_method"]
     for own in two.run("trainer_jobs.live", folder=str(tmp_path / "refused"), names=refused):
         assert all("uses a parameter of the model or its gradient" in said for said in own), own
 

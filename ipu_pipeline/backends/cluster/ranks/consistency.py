@@ -269,14 +269,14 @@ class BatchCheck:
             if self._sent is not None:
                 self._groups.waiter.run(self._sent[0].wait)
             sent = notes[(rank + 1) % self._size != 0].to(self._groups.device)
-            work = dist.isend(sent, dst=rank + 1)
+            work = dist.isend(sent, dst=rank + 1, group=self._groups.world)
             assert work is not None
             self._sent = (work, sent)
         if rank == 0:
             return
         own = notes[rank % self._size != 0].to(self._groups.device)
         theirs = torch.empty_like(own)
-        receiving = dist.irecv(theirs, src=rank - 1)
+        receiving = dist.irecv(theirs, src=rank - 1, group=self._groups.world)
         assert receiving is not None
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
