@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 UNSEEN_SHARE = 0.5  # how often a word of the validation file is one that training never has
+NEUTRAL_SHARE = 0.33  # of the claims about something else
 ABSENT_SHARE = 0.2  # of the questions about something that a review does not mention
 
 
@@ -98,18 +99,20 @@ def make_sentiment(rng: Random, split: str) -> dict[str, Any]:
 
 
 def make_claim(rng: Random, split: str) -> dict[str, Any]:
-    """Return a review in English or German, a claim, and what the review says of the claim."""
+    """Return what a review says, in English or German, a claim, and whether it follows."""
     del split  # other reviews of the same words: few models know others in both languages
     language = rng.choice(list(_CLAIMS))
     reviewer = Reviewer(rng, "train", language)
-    premise, verdicts = reviewer.review()
-    asked = reviewer.asked(verdicts)
-    claim = _CLAIMS[language].format(aspect=asked)
-    label = {"positive": "entailment", "negative": "contradiction"}.get(
-        verdicts.get(asked, ""), "neutral"
-    )
-    hypothesis = claim[0].upper() + claim[1:]
-    return {"language": language, "premise": premise, "hypothesis": hypothesis, "label": label}
+    clause, aspect, liked = reviewer.clause()
+    asked = reviewer.draw("aspects") if rng.random() < NEUTRAL_SHARE else aspect
+    verdict = "entailment" if liked else "contradiction"
+    premise, claim = (clause, _CLAIMS[language].format(aspect=asked))
+    return {
+        "language": language,
+        "premise": premise[0].upper() + premise[1:] + ".",
+        "hypothesis": claim[0].upper() + claim[1:],
+        "label": verdict if asked == aspect else "neutral",
+    }
 
 
 def make_summary(rng: Random, split: str) -> dict[str, Any]:

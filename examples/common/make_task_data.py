@@ -148,7 +148,7 @@ DEMOS = {
     "ner": Demo(make_entities, as_jsonl, "jsonl", 2000),
     "swag": Demo(make_choice, as_csv, "csv", 400),
     "sst2": Demo(make_sentiment, as_csv, "csv", 2000),
-    "xnli": Demo(make_claim, as_csv, "csv", 6000),
+    "xnli": Demo(make_claim, as_csv, "csv", 6000, vocabulary=1000),
     "mlm": Demo(make_story, as_lines, "txt", 1500),
     "clm": Demo(make_story, as_lines, "txt", 1500, vocabulary=1000),
     "summarization": Demo(make_summary, as_jsonl, "jsonl", 4000, vocabulary=1000),
