@@ -25,6 +25,7 @@ from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.spread import splits_of, spread_graphs
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
@@ -309,8 +310,9 @@ class IPUPlanning:
         least = _least_microbatches(depth, self.graph)
         if count < least:
             return (
-                f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
-                f"for, got {count}; raise gradient accumulation or use fewer stages"
+                f"PopART needs at least {count_of(least, 'microbatch')} per step for the "
+                f"{count_of(depth, 'stage')} asked for, got {count}; raise gradient accumulation "
+                "or use fewer stages"
             )
         deep = [
             len(devices)
@@ -320,19 +322,20 @@ class IPUPlanning:
         needed = min((_least_microbatches(stages, self.graph) for stages in deep), default=least)
         if count < needed:
             return (
-                f"PopART needs at least {needed} microbatches per step for the {min(deep)} stages "
-                f"that {depth} IPUs get here, as what shares a parameter is on one IPU; it got "
-                f"{count}: raise gradient accumulation"
+                f"PopART needs at least {count_of(needed, 'microbatch')} per step for the "
+                f"{count_of(min(deep), 'stage')} that {count_of(depth, 'IPU')} get here, as what "
+                f"shares a parameter is on one IPU; it got {count}: raise gradient accumulation"
             )
         places = len(self.starts(constraints)) - 1
         if places < depth:
             return (
-                f"{depth} stages need as many blocks that a module's call begins, the model has "
-                f"{places} at the given granularity; ask for fewer stages"
+                f"{count_of(depth, 'stage')} need as many blocks that a module's call begins, the "
+                f"model has {places} at the given granularity; ask for fewer stages"
             )
         return (
-            f"no pipeline to try: {constraints.replicas} replicas, "
-            f"{constraints.num_stages or 'any number of'} stages, {len(machine.devices)} IPUs"
+            f"no pipeline to try: {count_of(constraints.replicas, 'replica')}, "
+            f"{constraints.num_stages or 'any number of'} stages, "
+            f"{count_of(len(machine.devices), 'IPU')}"
         )
 
     # ---- when nothing fits
@@ -369,8 +372,8 @@ class IPUPlanning:
                 helps.append("leave the number of IPUs open")
         best = closest(self.pipelines(machine, constraints))
         text = (
-            f"no split fits {machine.name}: spread evenly over {best.settings.num_ipus} IPUs, "
-            f"{best.tile_text(best.fullest[1])}; "
+            f"no split fits {machine.name}: spread evenly over "
+            f"{count_of(best.settings.num_ipus, 'IPU')}, {best.tile_text(best.fullest[1])}; "
         )
         if not helps:
             return InfeasibleError(text + "use more IPUs, a smaller micro batch or sequence length")
