@@ -20,6 +20,7 @@ from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
@@ -94,6 +95,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
             the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``"auto"``:
             shares that make the step shortest, where that is faster; ``None``: blocks are whole.
+            On IPUs only ``"auto"``: rows of large tables on several IPUs, one after another.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -310,8 +312,8 @@ def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:
     depth = config.num_ipus()
     if num_stages not in (None, depth):
         raise ValueError(
-            f"num_stages is {num_stages}, but the IPU configuration has {depth} IPUs in a replica; "
-            "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
+            f"num_stages is {num_stages}, but the IPU configuration has {count_of(depth, 'IPU')} "
+            "in a replica; leave num_stages out, or change layers_per_ipu and ipus_per_replica"
         )
     return depth
 

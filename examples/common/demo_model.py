@@ -66,10 +66,24 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
     Raises:
         PipelineError: There is none here.
     """
-    from transformers import AutoTokenizer
+    return load_processor(name_or_path, "AutoTokenizer", **options)
+
+
+def load_processor(name_or_path: str, auto_class: str, **options: Any) -> Any:
+    """Load what makes tensors of texts, pictures or sounds.
+
+    Args:
+        name_or_path: As above.
+        auto_class: Name of transformers' auto class, such as ``AutoImageProcessor``.
+        **options: Those of its ``from_pretrained``.
+
+    Raises:
+        PipelineError: There is none here.
+    """
+    import transformers
 
     with loading(name_or_path, REMEDY):
-        return AutoTokenizer.from_pretrained(
+        return getattr(transformers, auto_class).from_pretrained(
             source_of(name_or_path), trust_remote_code=False, **options
         )
 

@@ -23,6 +23,7 @@ from ipu_pipeline.train.data import build_collator, keyed_randomness
 from tasks.evaluation import baseline_scores, evaluate_task
 from tasks.features import Setup
 from tasks.labels import label_config
+from tasks.packing import packed
 from tasks.samples import in_data
 from tasks.table import TASKS, Task
 
@@ -63,15 +64,18 @@ def run(task: Task, options: CommonOptions) -> None:
     for split, samples in rows.items():
         with in_data(name_of(split, options)):
             data[split] = task.encode(samples, setup)
-    collate = build_collator(model, options, task.collator(setup))
-    any_data = next(iter(data.values()))
+    rows_of, collate_fn = dict[str, Any](data), task.collator(setup)
+    if setup.options.pack:
+        rows_of, collate_fn = packed(model, data, collate_fn, tokenizer, options)
+    collate = build_collator(model, options, collate_fn)
+    any_data = next(iter(rows_of.values()))
 
     def example(size: int) -> Any:
         with keyed_randomness(options.seed):
             return collate([any_data[i] for i in range(min(size, len(any_data)))])
 
     def evaluate(executable: Any) -> Scores:
-        scores = evaluate_task(task, executable, data["validation"], options, setup)
+        scores = evaluate_task(task, executable, rows_of["validation"], options, setup, collate_fn)
         if "train" in data:
             trivial = baseline_scores(
                 task, model, data["train"], data["validation"], options, setup
@@ -83,11 +87,11 @@ def run(task: Task, options: CommonOptions) -> None:
     job = Job(
         model,
         tokenizer,
-        data.get("train"),
+        rows_of.get("train"),
         example=example,
         evaluate=evaluate,
         in_words=partial(in_words, task),
-        collate_fn=task.collator(setup),
+        collate_fn=collate_fn,
         ipu_config=read_ipu_config(options),
     )
     fine_tune(options, job)

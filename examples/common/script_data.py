@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from demo_model import source_of
@@ -11,7 +13,8 @@ from script_run import split_of
 
 from ipu_pipeline.capture.from_config import load_config
 from tasks.labels import choose_classes
-from tasks.samples import Rows, in_data, load_hub_rows, read_rows
+from tasks.media import MediaDataset
+from tasks.samples import Row, Rows, in_data, load_hub_rows, read_rows
 
 
 def read_splits(options: DataOptions) -> dict[str, Rows]:
@@ -29,6 +32,19 @@ def read_splits(options: DataOptions) -> dict[str, Rows]:
         found = read_rows(path) if path is not None else split_of(hub, split, options)
         rows[split] = found[:limit]
     return rows
+
+
+def media_data(
+    options: DataOptions, rows: Mapping[str, Rows], features: Callable[[Row, Path], dict[str, Any]]
+) -> dict[str, MediaDataset]:
+    """Return the samples of every split, whose features are made of a row and its file's folder."""
+    made = {}
+    for split, samples in rows.items():
+        folder = (options.source(split)[0] or Path()).parent
+        made[split] = MediaDataset(
+            samples, name_of(split, options), partial(features, folder=folder)
+        )
+    return made
 
 
 def find_classes(

@@ -9,6 +9,7 @@ from typing import ClassVar
 from script_options import CommonOptions
 
 from ipu_pipeline.train.arguments import option
+from tasks.features import PACK_HELP
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,7 @@ class Options(CommonOptions):
     validation_file: Path | None = option(default=None, help="SQuAD v1.1 JSON file to evaluate on.")
     max_seq_length: int = option(default=384, help="Tokens of a window: question and context.")
     doc_stride: int = option(default=128, help="Tokens by which windows of a long context overlap.")
+    pack: bool = option(default=False, help=PACK_HELP)
     n_best_size: int = option(
         default=20, help="Answers kept per question in nbest_predictions.json."
     )

@@ -23,9 +23,12 @@ from qa_data import load_windows
 from qa_options import Options
 from script_options import run_command_line
 from script_run import read_ipu_config
+from transformers import default_data_collator
 
 from ipu_pipeline.stages.executable import Executable
-from tasks.evaluation import evaluate_loop
+from ipu_pipeline.train.data import Collator
+from tasks.evaluation import EvalOutput, evaluate_loop
+from tasks.packing import packed
 from tasks.question_answering import (
     QuestionAnsweringDataset,
     score_predictions,
@@ -39,30 +42,35 @@ def run(options: Options) -> None:
     prepare(options)
     model, tokenizer = load_model_and_tokenizer(options.model_name_or_path)
     train_windows, validation_windows = load_windows(options, tokenizer)
-    windows = train_windows or validation_windows
-    assert windows is not None  # Options refuses to do neither training nor evaluation
+    splits = {"train": train_windows, "validation": validation_windows}
+    data: dict[str, Any] = {split: windows for split, windows in splits.items() if windows}
+    collate: Collator = default_data_collator
+    if options.pack:
+        data, collate = packed(model, data, collate, tokenizer, options)
+    samples = next(iter(data.values()))  # Options refuses to do neither training nor evaluation
 
     def evaluate_now(executable: Executable) -> Scores:
         assert validation_windows is not None  # there whenever something is evaluated
-        return evaluate(options, executable, validation_windows)
+        output = evaluate_loop(executable, data["validation"], options, collate_fn=collate)
+        return evaluate(options, output, validation_windows)
 
     job = Job(
         model,
         tokenizer,
-        train_windows,
-        example=lambda size: {name: column[:size] for name, column in windows.tensors.items()},
+        data.get("train"),
+        example=lambda size: collate([samples[n] for n in range(min(size, len(samples)))]),
         evaluate=evaluate_now,
         in_words=in_words,
+        collate_fn=collate,
         ipu_config=read_ipu_config(options),
     )
     fine_tune(options, job)
 
 
 def evaluate(
-    options: Options, executable: Executable, windows: QuestionAnsweringDataset
+    options: Options, output: EvalOutput, windows: QuestionAnsweringDataset
 ) -> dict[str, Any]:
     """Answer every validation question; write the answers and return the scores."""
-    output = evaluate_loop(executable, windows, options)
     answers = select_answers(
         windows.examples,
         windows.windows,

@@ -172,6 +172,7 @@ class LossRun(Coroutine):
         self.at_resume: Callable[[], object] = lambda: None
         self.modes: list[bool] = []
         self.reads_gradients_of: list[nn.Parameter] = []
+        self._asked: Callable[[], Any] | None = None
         self._cut: list[tuple[Tensor, Tensor]] = []
         self._guard = _Guard(self)
 
@@ -226,6 +227,17 @@ class LossRun(Coroutine):
         It runs up to its backward pass, if it has one, or to the end.
         """
         return super().resume((outputs, torch.get_num_threads()))
+
+    def ask(self, work: Callable[[], Any]) -> Any:
+        """Suspend the run until the thread that runs it has done ``work``; return its result."""
+        self._asked = work
+        return self.suspend()
+
+    def answer(self) -> None:
+        """Do what the run asks for, until it calls the model or ends."""
+        while self._asked is not None:
+            work, self._asked = self._asked, None
+            super().resume(work())
 
     def backward(self, loss: Tensor) -> None:
         """Suspend the run until the stages have made the backward pass from ``loss`` on."""

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from accelerate.utils.operations import convert_to_fp32  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from typing_extensions import Self
@@ -404,7 +404,7 @@ class PipelineMixin(Base):
         """Predict batches; their results are taken one by one."""
         predict = super().prediction_step
         bodies = [partial(predict, self._whole_model, batch, *args, **kwargs) for batch in batches]
-        if not self._prediction_is_inherited():
+        if not self._prediction_is_inherited() and not self._generates_in_stages():
             self._steps.fetch()  # it may use the model in any way, as generate() does
         if self._evaluates_in_stages():
             found = self._steps.predict(bodies)
@@ -413,6 +413,12 @@ class PipelineMixin(Base):
             with calls_of(self._whole_model, self._in_one_piece):
                 found = [body() for body in bodies]
         self._ahead = {id(b): result for b, result in zip(batches, found, strict=True)}
+
+    def _generates_in_stages(self) -> bool:
+        """Whether predictions are those of Seq2SeqTrainer, and the target generates for it."""
+        owner = inherited_from(type(self), PipelineMixin, "prediction_step")
+        known = owner is Seq2SeqTrainer and self._loss_is_inherited()
+        return known and self._evaluates_in_stages() and self._steps.generates()
 
     def _evaluates_in_stages(self) -> bool:
         cast_model = self.args.fp16_full_eval or self.args.bf16_full_eval

@@ -29,13 +29,15 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer
 
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.backends.cluster.inference import refuse
 from ipu_pipeline.backends.cluster.joining import MARGIN_S
 from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
-from ipu_pipeline.errors import StageError
+from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, plan_from_json
 from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
@@ -119,8 +121,8 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         processes = num_processes()
         if processes % replicas:
             raise ValueError(
-                f"{replicas} replicas cannot share {processes} processes; start a multiple of "
-                f"{replicas}"
+                f"{count_of(replicas, 'replica')} cannot share {count_of(processes, 'process')}; "
+                f"start a multiple of {replicas}"
             )
         return processes // replicas
 
@@ -379,19 +381,51 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         runs = [LossRun(body) for body in bodies]
         modes = [module.training for module in self._trainer._whole_model.modules()]
         try:
-            with calls_of(self._trainer._whole_model, self._called):
+            with calls_of(self._trainer._whole_model, self._called), self._generating():
                 for run in runs:
                     run.modes = modes
                     run.start()
+                    run.answer()
                 waiting = [(run, run.inputs) for run in runs if not run.finished]
                 inputs = [given for _, given in waiting if given is not None]
                 results = self._ready(inputs[0]).eval_parts(inputs) if inputs else []
                 for (run, _), result in zip(waiting, results, strict=True):
                     run.resume(as_output(result))
+                    run.answer()
             return [run.result for run in runs]
         finally:
             for run in runs:
                 run.abandon()
+
+    def generates(self) -> bool:
+        """Whether ranks generate together, each with its own stages' weights."""
+        made = self._ready({})
+        try:
+            refuse(made.plan, made.options, made.groups.layout, [])
+        except LoweringError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Let ``generate`` of the model run on all ranks where transformers' own code calls it."""
+        trainer, model = self._trainer, self._trainer._whole_model
+        if not trainer._generates_in_stages():
+            yield
+            return
+        own: Any = model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            run = LossRun.current()
+            if run is None:  # the executable's call of it
+                return own(*args, **kwargs)
+            return run.ask(lambda: self._ready({}).generate(*args, **kwargs))
+
+        vars(model)["generate"] = generate
+        try:
+            yield
+        finally:
+            del vars(model)["generate"]
 
     # ---- the run ------------------------------------------------------------------------
 

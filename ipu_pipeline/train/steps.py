@@ -136,6 +136,10 @@ class TargetSteps(ABC):
     def predict(self, bodies: Sequence[Callable[[], Prediction]]) -> list[Prediction]:
         """Run code that predicts a batch each; its calls of the model run in the stages."""
 
+    def generates(self) -> bool:
+        """Whether transformers' own predictions generate in the stages, with weights of now."""
+        return False
+
     # ---- the run ------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -40,6 +40,17 @@ def test_trains_evaluates_and_writes_everything(script, options, eager, capsys):
     assert eager["executable"].closed
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_packed_windows_have_the_answers_of_padded_ones(script, options, eager):
+    answers = []
+    for pack in (False, True):
+        made = options(do_eval=True, pack=pack, max_seq_length=128)
+        script.run(made)
+        answers.append(read(made.folder / "nbest_predictions.json"))
+    for question, candidates in answers[0].items():
+        assert [c["text"] for c in answers[1][question]] == [c["text"] for c in candidates]
+
+
 def test_what_it_asks_the_library_for(script, options, eager):
     script.run(options(do_train=True, num_stages=2, costs="profiled", schedule="gpipe", bf16=True))
     asked = eager["plan"]

@@ -99,6 +99,24 @@ def test_trains_evaluates_and_writes_everything(run_task, options, name, capsys)
     assert f"result: {score} " in capsys.readouterr().out
 
 
+def test_packed_samples_have_the_scores_of_padded_ones(run_task, options, capsys, tmp_path):
+    name, data = "sequence-classification", tmp_path / "short.csv"
+    rows = [f"{'w1 ' * n}{word},{word}" for n in range(1, 7) for word in ("good", "bad")]
+    data.write_text("\n".join(["text,label", *rows]) + "\n")
+    files = {"train_file": data, "validation_file": data}
+    made = options(name, do_train=True, do_eval=True, max_steps=1, pack=True, **files)
+    run_task.run(TASKS[name], made)
+    assert "packed validation: 12 sequences in 2 rows of 64 tokens" in capsys.readouterr().out
+    padded = options(
+        name, do_eval=True, train_file=None, validation_file=data, pad_to_max_length=False,
+        model_name_or_path=str(made.folder), output_dir=tmp_path / "padded",
+    )  # fmt: skip
+    run_task.run(TASKS[name], padded)
+    found, expected = (read(one.folder / "eval_results.json") for one in (made, padded))
+    for score in ("eval_loss", "eval_accuracy", "eval_f1", "eval_samples"):
+        assert found[score] == pytest.approx(expected[score], abs=1e-5)
+
+
 def test_numbers_of_a_trained_model_stay(run_task, options, capsys):
     """Training goes on with the classes that the model knows, though the new data has fewer."""
     name = "sequence-classification"

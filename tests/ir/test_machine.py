@@ -16,8 +16,10 @@ from tests.ir.plan_example import example_machine
     ("name", "num_devices", "kind"),
     [
         ("pod4", 4, "ipu"), ("pod16", 16, "ipu"), ("pod64", 64, "ipu"), ("bow-pod16", 16, "ipu"),
-        ("a100-80g-x8", 8, "gpu"), ("h100-x64", 64, "gpu"), ("gb200-nvl72", 72, "gpu"),
-        ("a100-40g-pcie-x4", 4, "gpu"), ("mi300x-x8", 8, "gpu"),
+        *((f"{family}-x8", 8, "gpu") for family in (
+            "rtx3090", "rtx4090", "l4", "l40s", "a100-40g", "a100-80g", "a100-40g-pcie",
+            "a100-80g-pcie", "h100", "h200", "gh200", "b200", "b300", "gb200", "gb300", "mi300x")),
+        ("h100-x64", 64, "gpu"), ("gb200-nvl72", 72, "gpu"), ("gb300-nvl72", 72, "gpu"),
     ],
 )  # fmt: skip
 def test_presets(name: str, num_devices: int, kind: str) -> None:

@@ -19,6 +19,7 @@ from ipu_pipeline.stages.executable import EvalResult, Executable
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.data import BatchLoader, Collator, EpochBatches, build_collator
 from tasks.features import EncodedDataset, Setup
+from tasks.packing import STARTS, PackedDataset, unpacked
 from tasks.scores import Predict, Scores
 from tasks.table import Task
 
@@ -58,7 +59,7 @@ def evaluate_loop(
 
     Args:
         executable: Runs ``eval_step``.
-        dataset: Samples with or without labels.
+        dataset: Samples with or without labels, perhaps several in a row.
         arguments: Batch sizes and workers are read.
         collate_fn: As in ``train``.
         measure: Called with the outputs and the batch; what it returns (axis 0: samples) is kept
@@ -73,12 +74,15 @@ def evaluate_loop(
     parts: dict[str, list[Tensor]] = {}
     num_samples = 0
     for batch in loader.batches():
-        size = find_batch_size(batch)
         result = executable.eval_step(batch)
+        outputs: Mapping[str, Tensor] = result.outputs
+        if STARTS in batch:
+            outputs, batch = unpacked(outputs, batch)
+        size = find_batch_size(batch)
         num_samples += size
         if result.loss is not None:
             losses.append((result.loss, size))
-        outputs = result.outputs if measure is None else measure(result.outputs, batch)
+        outputs = outputs if measure is None else measure(outputs, batch)
         for name, tensor in outputs.items():
             if tensor.ndim:
                 parts.setdefault(name, []).append(tensor.detach().cpu())
@@ -86,6 +90,8 @@ def evaluate_loop(
     metrics = {} if loss is None else {"eval_loss": loss}
     metrics |= speed_metrics("eval", start_s, num_samples=num_samples, num_steps=len(loader))
     joined = {name: _joined(tensors) for name, tensors in parts.items()}
+    if isinstance(dataset, PackedDataset):
+        joined = {name: dataset.in_order(values) for name, values in joined.items()}
     return EvalOutput(loss, joined, num_samples, metrics)
 
 
@@ -99,14 +105,14 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def evaluate_task(
     task: Task,
     executable: Executable,
-    data: EncodedDataset,
+    data: EncodedDataset | PackedDataset,
     arguments: TrainingArguments,
     setup: Setup,
+    collate_fn: Collator | None = None,
 ) -> dict[str, Any]:
     """Return the loss and the scores of every sample, each with the prefix ``eval_``."""
-    output = evaluate_loop(
-        executable, data, arguments, collate_fn=task.collator(setup), measure=task.measure
-    )
+    collate_fn = collate_fn or task.collator(setup)
+    output = evaluate_loop(executable, data, arguments, collate_fn=collate_fn, measure=task.measure)
     found = task.metrics(output.outputs, setup)
     scores = {f"eval_{name}": value for name, value in found.items()}
     return output.metrics | scores | {"eval_samples": output.num_samples}

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
+from tasks.labels import number_of
 
+PACK_HELP = "Put several sequences into a row of --max_seq_length tokens; batch sizes count rows."
 logger = logging.getLogger(__name__)
 
 
@@ -32,6 +33,8 @@ class TextOptions:
         default=True,
         help="Pad to --max_seq_length (one shape for all batches), not to the longest of a batch.",
     )
+
+    pack: bool = option(default=False, help=PACK_HELP)
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 4:
@@ -71,17 +74,8 @@ class Setup:
             )
 
     def number_of(self, label: str, where: str) -> int:
-        """Return the number of a class.
-
-        Raises:
-            DatasetError: There is no class of that name.
-        """
-        if label not in self.labels:
-            raise DatasetError(
-                f"{where} has label {shown(label)}, the classes are {shown(self.labels)}; train on "
-                "data with this label, or remove the sample"
-            )
-        return self.labels.index(label)
+        """Return the number of a class; see :func:`number_of`."""
+        return number_of(label, self.labels, where)
 
     def tokenise(
         self, first: Sequence[Any], second: Sequence[str] | None = None, **options: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ipu_pipeline.errors import DatasetError, shown
@@ -21,6 +21,20 @@ def class_name(value: Any, where: str) -> str:
             "to predict, and samples without label, are not supported)"
         )
     return str(value)
+
+
+def number_of(label: str, classes: Sequence[str], where: str) -> int:
+    """Return the number of a class.
+
+    Raises:
+        DatasetError: There is no class of that name.
+    """
+    if label not in classes:
+        raise DatasetError(
+            f"{where} has label {shown(label)}, the classes are {shown(classes)}; train on data "
+            "with this label, or remove the sample"
+        )
+    return classes.index(label)
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:

@@ -132,7 +132,11 @@ def decided_otherwise() -> dict[str, Any]:
             made.generate(**part, streamer=alone, **LENGTHS)
         found["in_turn"] = heard.tokens == alone.tokens
         with pytest.raises(PipelineError) as caught:
-            made.generate(input_ids=ids, logits_processor=[_Favours()], **LENGTHS)
+            made.generate(  # the first rank draws the end, the others do not
+                input_ids=ids, logits_processor=[_Favours()], eos_token_id=3, max_new_tokens=6
+            )
         found["refused"] = str(caught.value)
+        again = made.generate(input_ids=ids, stopping_criteria=[_Stops()], **LENGTHS)
+        found["again"] = torch.equal(again, found["stopped"])
         found["left"] = [name for name in vars(made.model) if "criteria" in name]
     return {**found, "stopped": found["stopped"].shape[1]}

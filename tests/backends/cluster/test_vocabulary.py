@@ -30,7 +30,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-LATER = ("a fixed bias, interleaved", "backward passes in another order")
+LATER = ("untied, gpipe", "a fixed bias, interleaved", "backward passes in another order")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,25 @@ def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
     return dict(zip(layers, owners, strict=True))
 
 
+def one_ipu_groups(graph: BlockGraph) -> tuple[tuple[str, ...], ...]:
+    """Return the blocks that share a variable, which PopART has on one IPU.
+
+    A parameter that layers share and that is in no module of theirs is handed to them as a value,
+    which is copied.
+    """
+    held = {
+        parameter.blocks
+        for parameter in graph.parameters
+        if len(parameter.blocks) > 1
+        and any(
+            graph[name].kind != "layer" or other.startswith(f"{graph[name].module}.")
+            for name in parameter.blocks
+            for other in (parameter.fqn, *parameter.aliases)
+        )
+    }
+    return tuple(group for group in graph.tied_groups if group in held)
+
+
 def convolutional_layers(graph: BlockGraph) -> dict[str, bool]:
     """Return every layer, and whether it has no matrix: :func:`counted_layers` may leave it out."""
     return {
