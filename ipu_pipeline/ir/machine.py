@@ -14,7 +14,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
-from ipu_pipeline.ir.limits import LIMITS, check_count
+from ipu_pipeline.ir.limits import LIMITS, check_count, count_of
 
 # Of every rate per second, and of every fixed time: far beyond, a price would be infinite.
 _RATES, _LONGEST_S = (1e-9, 1e30), 1e9
@@ -213,7 +213,7 @@ class Machine:
     def __post_init__(self) -> None:
         if not 1 <= len(self.devices) <= LIMITS["num_devices"]:
             raise ValueError(
-                f"machine {self.name!r} has {len(self.devices)} devices; 1 to "
+                f"machine {self.name!r} has {count_of(len(self.devices), 'device')}; 1 to "
                 f"{LIMITS['num_devices']} are possible"
             )
         if self.devices_per_board < 0:

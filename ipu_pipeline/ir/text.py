@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.rates import rates_of
@@ -105,13 +106,13 @@ def explain_plan(plan: Plan) -> str:
         least = milliseconds(plan.lower_bound_s)
         scope = ""
         if plan.machine.devices[0].kernels is not None:
-            scope = f" with {plan.replicas} {'replica' if plan.replicas == 1 else 'replicas'}"
+            scope = f" with {count_of(plan.replicas, 'replica')}"
         bound = f"no split{scope} is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
-        f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
-        f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
-        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
-        + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
+        f"Plan for {plan.model.model_class} on {plan.machine.name}: "
+        f"{count_of(plan.num_stages, 'stage')}, {plan.schedule}, "
+        f"{count_of(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
+        + (f", {count_of(plan.replicas, 'replica')}" if plan.replicas > 1 else ""),
         stage_table(plan),
         f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
     ]

@@ -79,7 +79,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
         "the loss is computed outside of the model .*, and replicas divide every microbatch",
         "Inside.on_pre_optimizer_step acts inside an optimizer step, when each process has",
         "there is no complete checkpoint of the last run",
-        "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
+        "2 processes are more than the plan's 1 stage x 1 replica; start 1",
         "3 replicas cannot share 2 processes; start a multiple of 3",
         "include_num_input_tokens_seen counts what a process reads, which is a share of the data",
         "the replicas do not read shares of the same batches: their sampler draws from torch's",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
 from ipu_pipeline.ir.text import milliseconds, render_table, shortened, unit_of
@@ -57,9 +58,8 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
         )
     faster = f"{names[1]} trains {times:.3f} times as many samples/s as {names[0]}"
     if [p.num_microbatches for p in (first, second)] != [first.num_microbatches] * 2:
-        return f"{faster}: its step has {second.num_microbatches} microbatches, not " + str(
-            first.num_microbatches
-        )
+        has = count_of(second.num_microbatches, "microbatch")
+        return f"{faster}: its step has {has}, not {first.num_microbatches}"
     paces = [pace_of(plan) for plan in (first, second)]
     slower_s = seconds[1] - seconds[0]
     paced_s = first.num_microbatches * (paces[1].seconds - paces[0].seconds)
@@ -82,7 +82,8 @@ def _counted(plan: Plan, blocks: Sequence[str]) -> str:
     kinds = {block.name: block.kind for block in plan.blocks}
     layers = sum(kinds[name] == "layer" for name in blocks)
     others = [name for name in blocks if kinds[name] != "layer"]
-    parts = ([f"{layers} layers"] if layers else []) + ([shortened(others)] if others else [])
+    parts = [count_of(layers, "layer")] if layers else []
+    parts += [shortened(others)] if others else []
     return ", ".join(parts) or "nothing"
 
 
@@ -96,16 +97,17 @@ def compare_text(first: Plan, second: Plan, names: Sequence[str]) -> str:
 
 
 def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
-    rates = rates_of(plan)
+    rates, replicas = rates_of(plan), count_of(plan.replicas, "replica")
+    devices = count_of(len({stage.device for stage in plan.stages}), "device")
     unit = unit_of(plan.machine)
     bound = milliseconds(plan.lower_bound_s) if plan.lower_bound_s else "not known"
     peak = max((curve.peak_bytes for curve in timeline.memory), default=0)
     found = {
         "model": plan.model.model_class,
         "machine": plan.machine.name,
-        "stages": f"{plan.num_stages} on {len({s.device for s in plan.stages})} devices",
+        "stages": f"{plan.num_stages} on {devices}",
         "schedule": plan.schedule,
-        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {plan.replicas} replicas",
+        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {replicas}",
         "step ms": milliseconds(plan.objective_s),
         "busiest device ms a microbatch": milliseconds(pace_of(plan).seconds),
         "bubble": f"{timeline.bubble_fraction:.1%}",

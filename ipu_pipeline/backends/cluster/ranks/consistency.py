@@ -25,6 +25,7 @@ from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError, PipelineError, StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -134,7 +135,7 @@ def description(
     return {
         # What is decided, not what a rank that plans by itself has measured.
         "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "
-        f"microbatches of {plan.micro_batch_size}, {plan.replicas} replicas)",
+        f"microbatches of {plan.micro_batch_size}, {count_of(plan.replicas, 'replica')})",
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,
