@@ -136,16 +136,19 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    wanted = limits.vocabulary
-    if wanted is not None and wanted != "auto" and made.vocabulary is None:
-        # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, wanted)
-        made = priced(replace(made, vocabulary=rows, decision_digest=""))
-    made = _after_passes(_fitting(made), manager)
+    made = _after_passes(_fitting(_with_shares(made, limits.vocabulary)), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
                 time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,
                 made.num_microbatches, made.objective_s, 100 * made.gap)  # fmt: skip
     return made
+
+
+def _with_shares(made: Plan, wanted: Literal["auto", "even"] | Sequence[float] | None) -> Plan:
+    """Spread the vocabulary where the split is the backend's own, which knows no shares."""
+    if wanted is None or wanted == "auto" or made.vocabulary is not None:
+        return made
+    rows = vocabulary_rows(made.graph, made.num_stages, wanted)
+    return priced(replace(made, vocabulary=rows, decision_digest=""))
 
 
 def _backend_for(
