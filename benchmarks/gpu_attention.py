@@ -54,6 +54,25 @@ class CoreAttentionPricer(RankPricer):
                 yield op
 
 
+class DroppedTokensPricer(RankPricer):
+    """Prices experts with a capacity: Megatron has these with its plain all-to-all only.
+
+    Shapes are known, so that the host waits for nothing and launches ahead; every copy of a row
+    is sent, however many experts of it a node has, and nothing runs beside it.
+    """
+
+    def _group_launches(self, found: tuple[OpRecord, ...], experts: int) -> int:
+        del found, experts
+        return 0
+
+    def _host_wait_s(self) -> float:
+        return 0.0
+
+    def _distinct_nodes(self, experts: float) -> float:
+        del experts
+        return 1.0
+
+
 def parts_of(op: OpRecord) -> Iterator[OpRecord]:
     """Yield what an attention is without a fused kernel.
 

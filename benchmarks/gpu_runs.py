@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from benchmarks.gpu_attention import CoreAttentionPricer
+from benchmarks.gpu_attention import CoreAttentionPricer, DroppedTokensPricer
 from benchmarks.gpu_models import CapturedLayers, captured_layers
 from benchmarks.gpu_rows import (
     Chunk,
@@ -38,6 +38,8 @@ _FUSED_LOSS = ("Megatron-Bridge",)
 # experts' all-to-all beside the other microbatch's products
 # (perf_recipes: _enable_hybridep_full_iteration_mxfp8, overlap_moe_expert_parallel_comm).
 _WHOLE_GRAPH_MODELS, _WHOLE_GRAPH_RELEASE = ("deepseek", "qwen3", "gpt oss"), "26.06"
+# Runs whose experts take a fixed number of rows and drop the others.
+_DROPS_TOKENS = "tokendrop"
 # torchtitan prints what the allocator has reserved; it has FSDP's shards and buffers besides.
 _RESERVED = {"torchtitan": 1.3}
 # What a recipe that did not fit may have done besides, from the cheapest on. The recipes of hosts
@@ -89,10 +91,10 @@ class Run:
     def pricer(self) -> RankPricer:
         """Prices of this run's blocks."""
         source, raw = str(self.row.raw.get("source")), self.row.raw
-        graph = runs_as_one_graph(raw)
+        graph, drops = runs_as_one_graph(raw), _DROPS_TOKENS in str(raw.get("note"))
         engine = replace(
             MEGATRON,
-            expert_overlap=1.0 if graph else MEGATRON.expert_overlap,
+            expert_overlap=1.0 if graph else 0.0 if drops else MEGATRON.expert_overlap,
             precision="" if self.row.precision == "bfloat16" else self.row.precision,
             fused_loss=any(name in source for name in _FUSED_LOSS),
             gradient_bytes=2 if any(name in source for name in _HALF_GRADIENTS) else 4,
@@ -100,7 +102,7 @@ class Run:
         )
         old = any(name in source for name in _BEFORE_FUSED_ATTENTION)
         machine = without_host(self.machine) if graph else self.machine
-        kind = CoreAttentionPricer if old else RankPricer
+        kind = CoreAttentionPricer if old else DroppedTokensPricer if drops else RankPricer
         return kind(self.model.graph, machine, self.row.sizes, engine)
 
     @cached_property

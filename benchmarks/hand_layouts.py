@@ -46,6 +46,7 @@ TIE = 0.01  # published differences below it are noise
 SEARCH_S = 120.0  # far more than it takes: other work on the machine plays no role
 # Beyond what a machine reserves: kernels' buffers are rounded up.
 _SLACK = 1.001
+_POSITIONS = 131072  # as many as a layout's sequence asks for: they have no weights
 # Config, and what the layouts' recipes leave open: sequence, samples of a step, expert parallel
 # ranks, GPUs, precision. Where a row gives tp, pp, vpp or the GPUs, those count.
 RECIPES: Mapping[str, dict[str, Any]] = {
@@ -64,7 +65,8 @@ def config_of(model: str) -> dict[str, Any]:
     facts = known_config(model)
     if facts:
         named = {"llama": "LlamaForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
-        return {**facts, "architectures": [named[facts["model_type"]]]}
+        own = {"architectures": [named[facts["model_type"]]], "max_position_embeddings": _POSITIONS}
+        return {**facts, **own}
     kind, architecture = ("glm_moe_dsa", "GlmMoeDsaForCausalLM") if model.startswith("GLM") else (
         "qwen3_next", "Qwen3NextForCausalLM")  # fmt: skip
     return {**AutoConfig.for_model(kind).to_dict(), "architectures": [architecture]}

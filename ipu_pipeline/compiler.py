@@ -20,6 +20,7 @@ from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
@@ -94,6 +95,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         vocabulary: Spread output projection, loss and input embeddings over the stages by rows of
             the vocabulary: ``"even"``, or the share of every stage (``[1, 1, 2]``); ``"auto"``:
             shares that make the step shortest, where that is faster; ``None``: blocks are whole.
+            On IPUs only ``"auto"``: rows of large tables on several IPUs, one after another.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -134,16 +136,19 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    wanted = limits.vocabulary
-    if wanted is not None and wanted != "auto" and made.vocabulary is None:
-        # The split is the backend's own.
-        rows = vocabulary_rows(made.graph, made.num_stages, wanted)
-        made = priced(replace(made, vocabulary=rows, decision_digest=""))
-    made = _after_passes(_fitting(made), manager)
+    made = _after_passes(_fitting(_with_shares(made, limits.vocabulary)), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
                 time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,
                 made.num_microbatches, made.objective_s, 100 * made.gap)  # fmt: skip
     return made
+
+
+def _with_shares(made: Plan, wanted: Literal["auto", "even"] | Sequence[float] | None) -> Plan:
+    """Spread the vocabulary where the split is the backend's own, which knows no shares."""
+    if wanted is None or wanted == "auto" or made.vocabulary is not None:
+        return made
+    rows = vocabulary_rows(made.graph, made.num_stages, wanted)
+    return priced(replace(made, vocabulary=rows, decision_digest=""))
 
 
 def _backend_for(
@@ -310,8 +315,8 @@ def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:
     depth = config.num_ipus()
     if num_stages not in (None, depth):
         raise ValueError(
-            f"num_stages is {num_stages}, but the IPU configuration has {depth} IPUs in a replica; "
-            "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
+            f"num_stages is {num_stages}, but the IPU configuration has {count_of(depth, 'IPU')} "
+            "in a replica; leave num_stages out, or change layers_per_ipu and ipus_per_replica"
         )
     return depth
 

@@ -13,24 +13,27 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
 import typer
+from demo_texts import (
+    TEXT,
+    make_claim,
+    make_review,
+    make_sentiment,
+    make_summary,
+    make_translation,
+)
 
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.files import make_folder, write_text
 
-TEXT: Mapping[str, Any] = json.loads(
-    Path(__file__).with_name("demo_text.json").read_text(encoding="utf-8")
-)
 THEMES: Mapping[str, Sequence[str]] = TEXT["themes"]
 SLOTS = {"per": "PER", "per2": "PER", "loc": "LOC", "loc2": "LOC", "org": "ORG"}
-UNSEEN_SHARE = 0.5  # how often a word of the validation file is one that training never has
-ABSENT_SHARE = 0.2  # of the questions about something that a review does not mention
 NUM_CHOICES = 4
 
 
@@ -90,34 +93,6 @@ def make_choice(rng: Random, split: str) -> dict[str, Any]:
     return {"sent1": f"{first} {second}", "sent2": "", **named, "label": label}
 
 
-def make_review(rng: Random, split: str) -> dict[str, Any]:
-    """Return a review of several things, one thing, and whether it was liked."""
-
-    def draw(kind: str) -> str:
-        unseen = split == "validation" and rng.random() < UNSEEN_SHARE
-        return rng.choice(TEXT["reviews"][f"held_out_{kind}" if unseen else kind])
-
-    verdicts: dict[str, str] = {}
-    clauses = []
-    for _ in range(rng.choice((2, 3))):
-        aspect = draw("aspects")
-        if aspect in verdicts:
-            continue
-        liked, negated = rng.random() < 0.5, rng.random() < 0.25
-        word = draw("positive" if liked != negated else "negative")
-        template = rng.choice(TEXT["reviews"]["negations"]) if negated else draw("clauses")
-        clauses.append(template.format(aspect=aspect, word=word))
-        verdicts[aspect] = "positive" if liked else "negative"
-    text = clauses[0]
-    for clause in clauses[1:]:
-        text += rng.choice(TEXT["reviews"]["links"]) + clause
-    asked = rng.choice(list(verdicts))
-    if rng.random() < ABSENT_SHARE:
-        asked = draw("aspects")  # nearly always of something that was not mentioned
-    label = verdicts.get(asked, "unmentioned")
-    return {"sentence1": text.capitalize() + ".", "sentence2": f"The {asked}", "label": label}
-
-
 def make_story(rng: Random, split: str) -> dict[str, Any]:
     """Return the sentences of a story about one subject, with the same names throughout."""
     names = invent_names(rng, split)
@@ -158,25 +133,32 @@ class Demo:
         write: Writes all of them.
         suffix: Of the files.
         num_train: Samples of the training file, unless said otherwise.
+        vocabulary: At most so many tokens of a tokenizer of its own, for models without one.
     """
 
     make: Callable[[Random, str], dict[str, Any]]
     write: Callable[[Sequence[Mapping[str, Any]]], str]
     suffix: str
     num_train: int
+    vocabulary: int = 0
 
 
 DEMOS = {
     "classification": Demo(make_review, as_csv, "csv", 3000),
     "ner": Demo(make_entities, as_jsonl, "jsonl", 2000),
     "swag": Demo(make_choice, as_csv, "csv", 400),
+    "sst2": Demo(make_sentiment, as_csv, "csv", 2000),
+    "xnli": Demo(make_claim, as_csv, "csv", 6000, vocabulary=1000),
     "mlm": Demo(make_story, as_lines, "txt", 1500),
+    "clm": Demo(make_story, as_lines, "txt", 1500, vocabulary=1000),
+    "summarization": Demo(make_summary, as_jsonl, "jsonl", 4000, vocabulary=1000),
+    "translation": Demo(make_translation, as_jsonl, "jsonl", 4000, vocabulary=1000),
     "pretraining": Demo(make_story, as_documents, "txt", 1500),
 }
 
 
-def make_split(task: str, split: str, size: int, seed: int) -> str:
-    """Return the whole file of one split.
+def make_rows(task: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Return the samples of one split.
 
     Raises:
         ValueError: The task is unknown, or the size below 1.
@@ -186,7 +168,46 @@ def make_split(task: str, split: str, size: int, seed: int) -> str:
     if size < 1:
         raise ValueError(f"the {split} file needs at least 1 sample, got {size}")
     rng = Random(f"{task}-{split}-{seed}")
-    return DEMOS[task].write([DEMOS[task].make(rng, split) for _ in range(size)])
+    return [DEMOS[task].make(rng, split) for _ in range(size)]
+
+
+def make_split(task: str, split: str, size: int, seed: int) -> str:
+    """Return the whole file of one split.
+
+    Raises:
+        ValueError: The task is unknown, or the size below 1.
+    """
+    rows = make_rows(task, split, size, seed)
+    return DEMOS[task].write(rows)
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text of a sample."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_of(inner)
+
+
+def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """Return a tokenizer of pieces of these texts; every text ends with ``</s>``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
 
 
 def main(
@@ -206,6 +227,11 @@ def main(
         path = output_dir / f"{split}.{DEMOS[task].suffix}"
         write_text(path, text)
         typer.echo(f"{path}: {size} samples")
+    if vocabulary := DEMOS[task].vocabulary:
+        rows = make_rows(task, "train", train_size, seed)
+        tokenizer = make_tokenizer(texts_of(rows), vocabulary)
+        tokenizer.save_pretrained(output_dir)
+        typer.echo(f"{output_dir}: a tokenizer of {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":

@@ -42,19 +42,20 @@ def split_of(
 
     Args:
         stored: All parts.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``validation``; ``validation_matched`` is one, too.
         options: The command line.
         file: What to write instead, for the message.
 
     Raises:
         DatasetError: There is no such part.
     """
-    if split not in stored:
+    named = [name for name in (split, f"{split}_matched") if name in stored]
+    if not named:
         raise DatasetError(
             f"data set {options.dataset_name!r} has no split {split!r}, only {', '.join(stored)}; "
             f"write that part to a {file} and pass both by --train_file and --validation_file"
         )
-    return stored[split]
+    return stored[named[0]]
 
 
 def read_ipu_config(options: CommonOptions) -> IPUConfig | None:

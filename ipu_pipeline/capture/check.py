@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +25,12 @@ from torch.autograd.graph import get_gradient_edge
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.patches import preserved_state, tracing_patches, without_gradient_hooks
+from ipu_pipeline.capture.patches import (
+    patched_module_calls,
+    preserved_state,
+    tracing_patches,
+    without_gradient_hooks,
+)
 from ipu_pipeline.capture.python_state import PythonState, seed_torch
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.capture.state import PlainState
@@ -168,7 +172,7 @@ class _Run:
         with (
             preserved_state(model, changing.values()),
             without_gradient_hooks(model),
-            _same_masks(self.leaves),
+            _same_masks(model, self.leaves),
             casts_of_one_step(),
             torch.set_grad_enabled(captured.training),
         ):
@@ -366,29 +370,29 @@ def _difference(found: Tensor | None, reference: Tensor) -> float:
 
 
 @contextmanager
-def _same_masks(leaves: Leaves) -> Iterator[None]:
+def _same_masks(model: nn.Module, leaves: Leaves) -> Iterator[None]:
     """Key random numbers by the call of a leaf, so that blocks may draw in any order.
 
     Those of the glue come one after the other: it is assumed that what several of its blocks
     draw is drawn in one order.
     """
-    original = nn.Module.__call__
     calls: Counter[str] = Counter()
     inside: list[str] = []
 
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if inside or not leaves.is_leaf(module):
-            return original(module, *args, **kwargs)
-        fqn = leaves.names[id(module)]
-        calls[fqn] += 1
-        inside.append(fqn)
-        try:
-            with block_scope(SEED, fqn, calls[fqn]):
+    def made(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if inside or not leaves.is_leaf(module):
                 return original(module, *args, **kwargs)
-        finally:
-            inside.pop()
+            fqn = leaves.names[id(module)]
+            calls[fqn] += 1
+            inside.append(fqn)
+            try:
+                with block_scope(SEED, fqn, calls[fqn]):
+                    return original(module, *args, **kwargs)
+            finally:
+                inside.pop()
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
-        stack.enter_context(block_scope(SEED, "glue"))
+        return call
+
+    with patched_module_calls(model, made), block_scope(SEED, "glue"):
         yield

@@ -19,15 +19,8 @@ from ipu_pipeline.capture.captured import CapturedModel, capture, described
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import choose_leaves
-from ipu_pipeline.capture.loss_terms import (
-    AVERAGED,
-    LossTerms,
-    Term,
-    factor_name,
-    factored,
-    loss_terms,
-    with_counted,
-)
+from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, Term, factor_name
+from ipu_pipeline.capture.loss_walk import factored, loss_terms, with_counted
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.python_state import same_random_numbers, seed_torch
 from ipu_pipeline.capture.state import PutBack

@@ -133,7 +133,7 @@ class Replay(TorchFunctionMode):
     def patches(self, model: nn.Module) -> Iterator[None]:
         """Within it, the calls of ``model``'s code in the thread of :meth:`run` are followed."""
         hooks = self._module_call, self._function_apply, self._vmapped_call
-        with patched_calls(*hooks), patched_methods(model, self._function_apply):
+        with patched_calls(model, *hooks), patched_methods(model, self._function_apply):
             yield
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Followed:

@@ -67,7 +67,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
         methods = patched_methods(model, tracer.function_apply)
-        with patched_calls(*hooks), methods, refused_seeds(), tracer:
+        with patched_calls(model, *hooks), methods, refused_seeds(), tracer:
             output = model(**batch)
         tracer.draws.finish()
         _record_replaced(tracer)

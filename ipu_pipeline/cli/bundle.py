@@ -20,6 +20,7 @@ from ipu_pipeline.cli.options import (
     measured,
     read_ipu_config,
 )
+from ipu_pipeline.ir.limits import count_of
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder written by emit.")]
 
@@ -90,9 +91,10 @@ def emit_command(
         typer.echo(f"note: {note}", err=True)
     samples = plan.total_batch_size * settings.config.device_iterations
     typer.echo(
-        f"bundle written to {folder}: {plan.num_stages} stages, {samples} samples per call of the "
-        f"device\nread {folder / 'model_parallel.py'}; run it with: python {folder / 'run.py'} "
-        f"(where poptorch is), or here: ipu-pipeline run {folder} --emulate"
+        f"bundle written to {folder}: {count_of(plan.num_stages, 'stage')}, "
+        f"{count_of(samples, 'sample')} per call of the device\nread "
+        f"{folder / 'model_parallel.py'}; run it with: python {folder / 'run.py'} (where poptorch "
+        f"is), or here: ipu-pipeline run {folder} --emulate"
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ipu_pipeline.cli.options import Force, PlanFile, counted
+from ipu_pipeline.ir.limits import count_of
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
@@ -161,8 +162,8 @@ def _print_poprun(run: PopRun, slurm: Path | None, name: str, *, print_only: boo
         typer.echo(command_text(run, python="python", folder=folder))
     if slurm is not None:
         write_text(slurm, slurm_text(run, python="python", folder=folder, name=name))
-        typer.echo(f"Slurm file written to {slurm}: {run.instances} processes on {run.num_hosts} "
-                   "node(s)")  # fmt: skip
+        typer.echo(f"Slurm file written to {slurm}: {count_of(run.instances, 'process')} on "
+                   f"{run.num_hosts} node(s)")  # fmt: skip
 
 
 def _room() -> tuple[int, int]:

@@ -92,3 +92,9 @@ def check_counts(owner: object, limits: Mapping[str, str]) -> None:
         value = getattr(owner, name)
         if value is not None:
             check_count(name, value, limit)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 stage``, ``2 stages``, ``3 processes``."""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number} {noun}{'' if number == 1 else ending}"

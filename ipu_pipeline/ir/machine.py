@@ -14,7 +14,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
-from ipu_pipeline.ir.limits import LIMITS, check_count
+from ipu_pipeline.ir.limits import LIMITS, check_count, count_of
 
 # Of every rate per second, and of every fixed time: far beyond, a price would be infinite.
 _RATES, _LONGEST_S = (1e-9, 1e30), 1e9
@@ -177,6 +177,11 @@ class Device:
                     f"{sizes}"
                 )
 
+    @property
+    def scales_blocks(self) -> bool:
+        """Whether its products take a scale for every few elements, as all that have float4 do."""
+        return "float4" in self.flops_per_s
+
     def peak_flops_per_s(self, dtype: str) -> float:
         """Peak FLOP/s for ``dtype``; the float32 peak where the dtype is not listed."""
         return self.flops_per_s.get(dtype, self.flops_per_s["float32"])
@@ -208,7 +213,7 @@ class Machine:
     def __post_init__(self) -> None:
         if not 1 <= len(self.devices) <= LIMITS["num_devices"]:
             raise ValueError(
-                f"machine {self.name!r} has {len(self.devices)} devices; 1 to "
+                f"machine {self.name!r} has {count_of(len(self.devices), 'device')}; 1 to "
                 f"{LIMITS['num_devices']} are possible"
             )
         if self.devices_per_board < 0:
@@ -243,7 +248,7 @@ class Machine:
         """Build a machine from plain JSON data.
 
         Instead of ``devices`` there may be one ``device`` and a ``count``: so many of it, called
-        by its name and a number.
+        by its name and a number. Its ``kernels`` may be the name of a generation (``hopper``).
 
         Raises:
             PlanError: A field is missing, unknown or out of range.
@@ -275,5 +280,10 @@ def _replicated(raw: Mapping[str, Any], source: str) -> list[Device]:
     check_count(name, raw.get("count"), "num_devices", error=PlanError)
     if "devices" in raw:
         raise PlanError(f"{source}: it has device and devices; give one of them")
-    one = from_json(Device, raw["device"], f"{source}, device", PlanError)
+    device = raw["device"]
+    if isinstance(device, Mapping) and isinstance(kernels := device.get("kernels"), str):
+        from ipu_pipeline.ir.machines import kernel_rates
+
+        device = {**device, "kernels": to_json(kernel_rates(kernels))}
+    one = from_json(Device, device, f"{source}, device", PlanError)
     return [replace(one, name=f"{one.name}{index}") for index in range(raw["count"])]

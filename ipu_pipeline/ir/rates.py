@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 
 _PEAK = "bfloat16"  # MFU is counted against it, whatever the precision
@@ -34,8 +35,13 @@ class Rates:
         if self.tokens_per_s is not None:
             parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
         if self.mfu is not None:
-            parts.append(f"MFU {self.mfu:.1%} of {self.num_devices} GPUs' bfloat16 peak")
+            parts.append(f"MFU {self.mfu:.1%} {of_peak(self.num_devices)}")
         return ", ".join(parts)
+
+
+def of_peak(num_devices: int) -> str:
+    """Say what an MFU is a share of."""
+    return f"of {count_of(num_devices, 'GPU')}'{'s' if num_devices == 1 else ''} bfloat16 peak"
 
 
 def rates_of(plan: Plan, step_s: float | None = None) -> Rates | None:

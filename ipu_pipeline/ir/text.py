@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.rates import rates_of
@@ -105,12 +106,17 @@ def explain_plan(plan: Plan) -> str:
         least = milliseconds(plan.lower_bound_s)
         scope = ""
         if plan.machine.devices[0].kernels is not None:
-            scope = f" with {plan.replicas} {'replica' if plan.replicas == 1 else 'replicas'}"
+            scope = f" with {count_of(plan.replicas, 'replica')}"
         bound = f"no split{scope} is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
-        f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
-        f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
-        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
+        f"Plan for {plan.model.model_class} on {plan.machine.name}: "
+        f"{count_of(plan.num_stages, 'stage')}, {plan.schedule}, "
+        f"{count_of(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
+        + "".join(
+            f", {name} {plan.settings[name]}"
+            for name in ("tp", "cp", "ep")
+            if plan.settings.get(name, 1) != 1
+        )
         + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
         stage_table(plan),
         f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
@@ -118,6 +124,12 @@ def explain_plan(plan: Plan) -> str:
     rates = rates_of(plan)
     if rates is not None and rates.mfu is not None:
         lines.append(rates.text())
+        most = len(plan.machine.devices) * plan.replicas // rates.num_devices
+        if most > plan.replicas:
+            lines.append(
+                f"{rates.num_devices} of {len(plan.machine.devices)} GPUs are used; more replicas, "
+                "and as many more microbatches, would use the others"
+            )
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
     lines += annotation_lines(plan)

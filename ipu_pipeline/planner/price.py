@@ -10,6 +10,7 @@ from math import inf
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
@@ -120,8 +121,8 @@ def check_runs(plan: Plan) -> None:
     needed = len(set(devices)) * plan.replicas
     if not wrong and needed > have:
         wrong = (
-            f"{plan.replicas} replicas of {len(set(devices))} devices need {needed} devices, "
-            f"{plan.machine.name} has {have}; lower replicas"
+            f"{count_of(plan.replicas, 'replica')} of {count_of(len(set(devices)), 'device')} need "
+            f"{count_of(needed, 'device')}, {plan.machine.name} has {have}; lower replicas"
         )
     if wrong:
         raise PlanError(wrong)

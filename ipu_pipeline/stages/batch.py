@@ -23,6 +23,7 @@ from ipu_pipeline.capture.batch_axes import (
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.stages.devices import device_of, on_device
 from ipu_pipeline.stages.training import in_evaluation
 
@@ -132,8 +133,8 @@ def cut_batches(
     """
     if not parts or len(parts) != len(weights):
         raise LoweringError(
-            f"{len(parts)} microbatches with {len(weights)} weights cannot be run; pass at least "
-            "one microbatch, and one weight for each"
+            f"{count_of(len(parts), 'microbatch')} with {count_of(len(weights), 'weight')} cannot "
+            "be run; pass at least one microbatch, and one weight for each"
         )
     cut = []
     ready = (on_device(ready_batch(part), device) for part in parts)

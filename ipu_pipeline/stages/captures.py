@@ -16,7 +16,8 @@ from torch import nn
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
-from ipu_pipeline.capture.loss_terms import LossTerms, factored, with_counted
+from ipu_pipeline.capture.loss_terms import LossTerms
+from ipu_pipeline.capture.loss_walk import factored, with_counted
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed

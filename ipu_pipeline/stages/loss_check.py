@@ -24,6 +24,7 @@ from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
 from ipu_pipeline.stages.loss_shares import LossShares, same_value
 from ipu_pipeline.stages.training import in_evaluation
@@ -205,8 +206,8 @@ class LossCheck:
         pairs = zip(next(iter(tried.values())), losses, strict=True)
         summed = sum(share * float(loss) for share, loss in pairs if share)
         raise self.shares.mixed(
-            f"of {samples} samples at once it is {float(whole):.6g}, and {summed:.6g} as the "
-            f"weighted sum of the losses of {len(parts)} microbatches",
+            f"of {count_of(samples, 'sample')} at once it is {float(whole):.6g}, and {summed:.6g} "
+            f"as the weighted sum of the losses of {count_of(len(parts), 'microbatch')}",
             terms[0],
         )
 

@@ -34,6 +34,7 @@ from ipu_pipeline.capture.loss_rules import (
 )
 from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
 from ipu_pipeline.errors import CaptureError, LoweringError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Granularity
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
 
@@ -250,8 +251,9 @@ class LossShares:
         weights = [float(weight) for weight in wish]
         if len(weights) != len(every):
             raise LoweringError(
-                f"loss_weights has {len(weights)} weights, the batch {len(every)} microbatches; "
-                "pass one for each, or a function that returns the weight of a microbatch's inputs"
+                f"loss_weights has {count_of(len(weights), 'weight')}, the batch "
+                f"{count_of(len(every), 'microbatch')}; pass one for each, or a function that "
+                "returns the weight of a microbatch's inputs"
             )
         return weights
 

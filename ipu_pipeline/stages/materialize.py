@@ -88,17 +88,53 @@ def materialize(
         return
     names = _names_of(model)
     wanted = set(names) if held is None else {id_ for id_, own in names.items() if own & set(held)}
-    read: Mapping[str, Tensor] = {}
-    if weights is not None:
-        files = _Files(Path(weights), slices)
-        read = _read(files, model, set().union(*(names[key] for key in wanted)), slices)
-        if not files.matched:
-            first = next(name for name, _ in model.named_parameters())
-            raise LoweringError(
-                f"none of the parameters of {type(model).__name__} ({first}, ...) is in "
-                f"{weights}, which has {min(files.files, default='none')}, ...; give the weights "
-                "of this model, or none to start from scratch"
-            )
+    kept = set().union(*(names[key] for key in wanted))
+    read = {} if weights is None else _read_matching(weights, model, kept, slices)
+    missing = _give_values(model, read, names, wanted, slices)
+    if wanted != set(names):
+        model.register_state_dict_pre_hook(_refuse_stand_ins)
+    buffers = _materialize_buffers(model, read)
+    _initialize(model, seed, missing, buffers)
+    _cut(model, missing, slices)
+    if weights is not None and missing:
+        new = sorted(min(names[key]) for key in missing)
+        logger.warning(
+            "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
+            ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
+        )  # fmt: skip
+
+
+def _read_matching(
+    weights: str | Path, model: nn.Module, wanted: set[str], slices: Slices
+) -> Mapping[str, Tensor]:
+    """Read the parameters ``wanted``.
+
+    Raises:
+        LoweringError: The files are those of another model.
+    """
+    files = _Files(Path(weights), slices)
+    read = _read(files, model, wanted, slices)
+    if not files.matched:
+        first = next(name for name, _ in model.named_parameters())
+        raise LoweringError(
+            f"none of the parameters of {type(model).__name__} ({first}, ...) is in "
+            f"{weights}, which has {min(files.files, default='none')}, ...; give the weights "
+            "of this model, or none to start from scratch"
+        )
+    return read
+
+
+def _give_values(
+    model: nn.Module,
+    read: Mapping[str, Tensor],
+    names: Mapping[int, set[str]],
+    wanted: set[int],
+    slices: Slices,
+) -> set[int]:
+    """Replace parameters in place: by stand-ins, by what was read, by memory without values.
+
+    Returns those without values, by id.
+    """
     missing: set[int] = set()
     for parameter in list(model.parameters()):
         key = id(parameter)
@@ -111,17 +147,7 @@ def materialize(
         else:
             value = slices.part(parameter, value)  # where files are read as a whole
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    if wanted != set(names):
-        model.register_state_dict_pre_hook(_refuse_stand_ins)
-    buffers = _materialize_buffers(model, read)
-    _initialize(model, seed, missing, buffers)
-    _cut(model, missing, slices)
-    if weights is not None and missing:
-        new = sorted(min(names[key]) for key in missing)
-        logger.warning(
-            "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
-            ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
-        )  # fmt: skip
+    return missing
 
 
 def _refuse_stand_ins(model: nn.Module, _prefix: str, keep_vars: bool) -> None:  # noqa: FBT001

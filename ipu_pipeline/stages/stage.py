@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, loss_terms
+from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
+from ipu_pipeline.capture.loss_walk import loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError, PlanError, listed

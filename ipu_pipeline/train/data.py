@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,9 @@ class EpochBatches(Sampler[list[int]]):
         if self.num_used == 0:
             least = batch_size if drop_last else divisor
             raise ValueError(
-                f"the data holds {num_samples} samples, one batch needs at least {least}; lower "
-                "the batch size, gradient_accumulation_steps or replicas, or add data"
+                f"the data holds {count_of(num_samples, 'sample')}, one batch needs at least "
+                f"{least}; lower the batch size, gradient_accumulation_steps or replicas, or add "
+                "data"
             )
 
     def describe(self) -> dict[str, int]:

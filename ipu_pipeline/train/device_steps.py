@@ -23,6 +23,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.train.live_loss import calls_of, generates
 from ipu_pipeline.train.steps import CollectedSteps, as_output
 
@@ -133,9 +134,9 @@ class DeviceSteps(CollectedSteps):
             return sampler
         if type(sampler) is not RandomSampler or count < size:
             raise ValueError(
-                f"the data holds {count} samples, and a step on IPUs takes exactly {size} = micro "
-                f"batch x microbatches x replicas; give {count - left_out or size} samples, or "
-                "change gradient_accumulation_steps"
+                f"the data holds {count_of(count, 'sample')}, and a step on IPUs takes exactly "
+                f"{size} = micro batch x microbatches x replicas; give {count - left_out or size} "
+                "samples, or change gradient_accumulation_steps"
             )
         logger.warning(
             "%d of %d samples are left out of each epoch (another random choice every time): a "

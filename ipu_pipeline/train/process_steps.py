@@ -37,6 +37,7 @@ from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, plan_from_json
 from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
@@ -120,8 +121,8 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         processes = num_processes()
         if processes % replicas:
             raise ValueError(
-                f"{replicas} replicas cannot share {processes} processes; start a multiple of "
-                f"{replicas}"
+                f"{count_of(replicas, 'replica')} cannot share {count_of(processes, 'process')}; "
+                f"start a multiple of {replicas}"
             )
         return processes // replicas
 

@@ -157,6 +157,19 @@ def test_a_recipe_with_one_graph_does_not_wait_for_its_host() -> None:
     assert after.step_s() < before.step_s()
 
 
+def test_experts_with_a_capacity_wait_for_no_host_and_send_every_copy() -> None:
+    made = {"model": "Qwen3_30B_a3B", "hf_id": "Qwen/Qwen3-30B-A3B", "precision": "FP8",
+            "gpu": "H100", "ep": 4, "seq": 4096}  # fmt: skip
+    waits, drops = (read_run({**ROW, **made, "note": note}) for note in ("", "tokendrop"))
+    names = [[op.name for op in run.pricer._operations(run.model.layer(1), backward=True)]
+             for run in (waits, drops)]  # fmt: skip
+    assert "fused.launches" in names[0]
+    assert "fused.launches" not in names[1]
+    layer, host_s = waits.model.layer(1), waits.machine.devices[0].host_sync_s
+    assert drops.pricer.exchanged_s(layer) > waits.pricer.exchanged_s(layer) - host_s > 0
+    assert drops.step_s() < waits.step_s()
+
+
 def test_a_later_recipe_that_does_not_fit_is_not_what_ran() -> None:
     big = {**ROW, "hidden": 8192, "heads": 64, "kv_heads": 64, "ffn": 32768, "layers": 16,
            "tp": 1, "gpus": 8, "dp": 4, "pp": 2, "micro_batch": 8, "seq": 4096,

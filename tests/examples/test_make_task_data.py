@@ -4,11 +4,13 @@ import csv
 import hashlib
 import io
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
-TASKS = ("classification", "ner", "swag", "mlm", "pretraining")
+TASKS = ("classification", "ner", "swag", "mlm", "pretraining", "sst2")
+OWN_TOKENIZER = ("clm", "xnli", "summarization", "translation")
 
 
 @pytest.fixture
@@ -23,12 +25,15 @@ def rows_of(module, task, split, size=200):
     return list(csv.DictReader(io.StringIO(text)))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASKS + OWN_TOKENIZER)
 def test_the_same_seed_writes_the_same_bytes(module, task, tmp_path):
     def digest(seed):
         module.main(task, tmp_path, seed, 20, 10)
         files = sorted(tmp_path.iterdir())
-        assert [path.stem for path in files] == ["train", "validation"]
+        if task in OWN_TOKENIZER:
+            files = [path for path in files if not path.name.startswith("tokenizer_config")]
+        stems = ["tokenizer"] * (task in OWN_TOKENIZER) + ["train", "validation"]
+        assert [path.stem for path in files] == stems
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
     first = digest(1)
@@ -131,3 +136,47 @@ def test_as_a_command(module, tmp_path):
     assert f"{module.DEMOS['ner'].num_train} samples" in done.output
     assert len((tmp_path / "d" / "validation.jsonl").read_text().splitlines()) == 3
     assert "no demo data for 'qa'" in str(CliRunner().invoke(app, ["qa", *given[1:]]).exception)
+
+
+def test_claims_follow_from_their_reviews_or_not(module):
+    rows = rows_of(module, "xnli", "train", 600)
+    labels = [row["label"] for row in rows]
+    assert min(map(labels.count, ("entailment", "neutral", "contradiction"))) > 60
+    assert 200 < sum(row["language"] == "de" for row in rows) < 400
+    for row in rows:
+        about = row["hypothesis"].split()[1]
+        assert (about in re.findall(r"\w+", row["premise"])) == (row["label"] != "neutral")
+        assert (" war gut." in row["hypothesis"]) == (row["language"] == "de")
+
+
+def test_summaries_name_what_was_liked_and_what_was_not(module):
+    for row in map(
+        json.loads, module.make_split("summarization", "validation", 50, 1).splitlines()
+    ):
+        named = re.findall(r"\w+(?=[,.])", row["summary"])
+        assert named
+        assert all(f"the {aspect} " in row["text"].lower() for aspect in named)
+
+
+def test_translations_agree_in_gender_case_and_order(module):
+    rows = [
+        json.loads(line)["translation"]
+        for split in ("train", "validation")
+        for line in module.make_split("translation", split, 400, 1).splitlines()
+    ]
+    german = " ".join(row["de"] for row in rows)
+    assert re.search(r"den \w+en (Hund|Mann|Baum)\b", german)
+    assert not re.search(r"(der|die|den) (\w+ )?(Kind|Haus|Buch)\b", german)
+    assert re.search(r"Heute \w+ (der|die|das) ", german)
+    nouns = [re.findall(r"[A-ZÖÄÜ]\w+", row["de"][1:]) for row in rows]
+    pairs = [tuple(found) for found in nouns]
+    assert not set(pairs[:400]) & set(pairs[400:])
+
+
+def test_a_tokenizer_reads_its_texts_back(module):
+    texts = [row["summary"] for row in module.make_rows("summarization", "train", 60, 1)]
+    tokenizer = module.make_tokenizer(texts, 200)
+    ids = tokenizer(texts[0])["input_ids"]
+    assert len(tokenizer) <= 200
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == texts[0]

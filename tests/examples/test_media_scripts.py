@@ -18,6 +18,7 @@ from transformers import EvalPrediction
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import DatasetError
+from tests.later import every_second
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -97,7 +98,7 @@ def _noiseless(logits: Tensor, tau: float, hard: bool) -> Tensor:
     return torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]) - soft.detach() + soft
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", every_second(SCRIPTS))
 def test_learns_and_serves_as_in_one_piece(
     name: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ from tests.ir.plan_example import example_machine
     ("name", "num_devices", "kind"),
     [
         ("pod4", 4, "ipu"), ("pod16", 16, "ipu"), ("pod64", 64, "ipu"), ("bow-pod16", 16, "ipu"),
-        ("a100-80g-x8", 8, "gpu"), ("h100-x64", 64, "gpu"), ("gb200-nvl72", 72, "gpu"),
-        ("a100-40g-pcie-x4", 4, "gpu"), ("mi300x-x8", 8, "gpu"),
+        *((f"{family}-x8", 8, "gpu") for family in (
+            "rtx3090", "rtx4090", "l4", "l40s", "a100-40g", "a100-80g", "a100-40g-pcie",
+            "a100-80g-pcie", "h100", "h200", "gh200", "b200", "b300", "gb200", "gb300", "mi300x")),
+        ("h100-x64", 64, "gpu"), ("gb200-nvl72", 72, "gpu"), ("gb300-nvl72", 72, "gpu"),
     ],
 )  # fmt: skip
 def test_presets(name: str, num_devices: int, kind: str) -> None:
@@ -70,9 +72,20 @@ def test_file_round_trip(tmp_path: Path, name: str) -> None:
     assert loaded.fingerprint() == machine.fingerprint()
 
 
+def test_the_kernels_of_a_described_device_may_be_a_generation() -> None:
+    known = machine_by_name("h100-x2")
+    device = {**known.to_json()["devices"][0], "name": "gpu", "kernels": "hopper"}
+    raw = {**known.to_json(), "device": device, "count": 2}
+    del raw["devices"]
+    assert Machine.from_json(raw) == known
+    device["kernels"] = "kepler"
+    with pytest.raises(PlanError, match=r"no kernel rates for 'kepler'; known .*hopper"):
+        Machine.from_json(raw)
+
+
 @pytest.mark.parametrize("name", ["pod0", "pod", "pod-16", "a100", "nosuch.json"])
 def test_unknown_machine_names_the_known_ones(name: str) -> None:
-    with pytest.raises(PlanError, match=rf"machine '{name}' is neither known \(pod4, pod16"):
+    with pytest.raises(PlanError, match=rf"machine '{name}' is neither known \(podN, bow-podN"):
         machine_by_name(name)
 
 

@@ -19,6 +19,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from tests.capture.toys import WIDTH, Toy, assert_same, toy
+from tests.later import in_turn
 
 STEPS, SAMPLES = 4, 4
 GLOBAL = SimpleNamespace(weight=1.0, calls=0)
@@ -159,8 +160,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(("read", "use"), in_turn(READS, USES))
 def test_numbers(read: str, use: str) -> None:
     assert_alike(reading(READS[read], USES[use]), advance)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ipu_pipeline.train.trainer import PipelineTrainer
+from ipu_pipeline.train.trainer import PipelineSeq2SeqTrainer, PipelineTrainer
 
 SCRIPTS = Path(__file__).parent / "scripts"
 THEIRS = "from transformers import Trainer  # isort: skip\n"
 OURS = "from ipu_pipeline.train.trainer import PipelineTrainer as Trainer\n"
-TWO_STAGES = "from tests.train.helpers import TwoStages as Trainer\n"
+TWO_STAGES = "from tests.train.helpers import TwoStagesTrainer as Trainer\n"
 QUIET = {
     "disable_tqdm": True,
     "report_to": "none",
@@ -29,11 +29,19 @@ QUIET = {
 }
 
 
-class TwoStages(PipelineTrainer):
+class _TwoStages:
     """What a user writes as ``num_stages=2``: the tiny models are fastest in one stage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"num_stages": 2} | kwargs)
+
+
+class TwoStagesTrainer(_TwoStages, PipelineTrainer):
+    pass
+
+
+class TwoStagesSeq2SeqTrainer(_TwoStages, PipelineSeq2SeqTrainer):
+    pass
 
 
 def load_script(name: str, line: str = THEIRS) -> ModuleType:

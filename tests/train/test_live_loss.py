@@ -93,7 +93,7 @@ def flat(value: Any) -> Any:
     return [value if isinstance(value, int | float) else hash(value)]
 
 
-@pytest.mark.parametrize("name", one_in(3, PROGRAMS))
+@pytest.mark.parametrize("name", one_in(6, PROGRAMS))
 def test_programs(tmp_path, name) -> None:
     program = PROGRAMS[name]
     theirs = trained(program.make, Trainer, tmp_path)

@@ -50,6 +50,7 @@ def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> Non
     compare(two, "script", tmp_path, name=name)
 
 
+@pytest.mark.acceptance
 def test_checkpoints_the_best_model_and_resuming(two, tmp_path) -> None:
     """Logs, with dropout, are those of one process, and so are the files and what is in them."""
     compare(two, "kept", tmp_path)
@@ -78,7 +79,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
         "the loss is computed outside of the model .*, and replicas divide every microbatch",
         "Inside.on_pre_optimizer_step acts inside an optimizer step, when each process has",
         "there is no complete checkpoint of the last run",
-        "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
+        "2 processes are more than the plan's 1 stage x 1 replica; start 1",
         "3 replicas cannot share 2 processes; start a multiple of 3",
         "include_num_input_tokens_seen counts what a process reads, which is a share of the data",
         "the replicas do not read shares of the same batches: their sampler draws from torch's",
@@ -94,7 +95,7 @@ def test_code_around_the_model(two, tmp_path) -> None:
     """It sees what the model returns in every process; what only one has is refused."""
     names = ["parts_for_the_log", "learned_weights_of_the_tasks", "training_step_of_its_own"]
     compare(two, "live", tmp_path, tolerance=1e-5, names=names)
-    refused = ["mixup_of_embeddings", "fast_gradient_method"]
+    refused = ["penalty_on_all_weights", "mixup_of_embeddings", "fast_gradient_method"]
     for own in two.run("trainer_jobs.live", folder=str(tmp_path / "refused"), names=refused):
         assert all("uses a parameter of the model or its gradient" in said for said in own), own
 

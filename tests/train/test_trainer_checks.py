@@ -34,6 +34,7 @@ from ipu_pipeline.train.trainer_checks import (
     refusals,
     switch_off_checkpointing,
 )
+from tests.later import now
 from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
@@ -247,7 +248,9 @@ def test_every_method_of_a_base_is_called_as_without_the_pipeline_or_refused(
     assert called_by(kind, names, tmp_path / "ours", num_stages=2) == expected
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "training_step", "_prepare_inputs"])
+@pytest.mark.parametrize(
+    "name", now(["training_step"], ["compute_loss", "training_step", "_prepare_inputs"])
+)
 def test_a_method_is_called_where_it_is_the_only_one(tmp_path, name) -> None:
     """Where the stages compute the loss alone, some methods of transformers are not needed."""
     called = called_by(Trainer, {name}, tmp_path, num_stages=2)
@@ -313,3 +316,8 @@ def test_predictions_with_generation(tmp_path, generate) -> None:
     else:
         assert len(ours.predictions) == len(theirs.predictions)
         assert ours.predictions[0] == pytest.approx(theirs.predictions[0], abs=1e-5)
+
+
+def test_what_is_refused_is_on_the_page() -> None:
+    page = Path(__file__).parents[2] / "docs" / "howto" / "train.md"
+    assert refusals() in page.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'ipu-pipeli
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", one_in(8, FORMS))
+@pytest.mark.parametrize("name", one_in(12, FORMS))
 def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
     theirs = trained(name, str(tmp_path / "theirs"), pipeline=False)
     ours = trained(name, str(tmp_path / "ours"))

@@ -47,6 +47,7 @@ _MACHINE = Machine(
     Link(bytes_per_s=1e10),
     shared_memory=True,
 )
+# Called with what the result is if the process does not come back from what follows.
 Say = Callable[[Result], None]
 
 
@@ -59,27 +60,42 @@ class _Finding(Exception):
         self.reason = reason
 
 
-def check_class(item: ModelClass, say: Say = lambda _: None) -> Record:
-    """Check one class; nothing is raised.
+def recorded(
+    check: Callable[[ModelClass, Say, dict[str, Any]], tuple[Result, str]],
+    item: ModelClass,
+    say: Say,
+) -> Record:
+    """Check one class, with one thread and without warnings of its model and config.
 
     Args:
+        check: Returns the result and its reason, and fills in other fields of the record.
         item: The class.
-        say: Called with what the result is if the process does not come back from what follows.
+        say: For ``check``.
     """
     start = time.perf_counter()
     torch.set_num_threads(1)
     facts: dict[str, Any] = {}
-    try:
-        with warnings.catch_warnings(), torchs_products():
-            warnings.simplefilter("ignore")  # of models and configs
-            result, reason = _check(item, say, facts)
-    except _Finding as finding:
-        result, reason = finding.result, finding.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result, reason = check(item, say, facts)
     seconds = round(time.perf_counter() - start, 2)
     return Record(item.name, item.architecture, item.task, result, reason, seconds=seconds, **facts)
 
 
+def check_class(item: ModelClass, say: Say = lambda _: None) -> Record:
+    """Check one class; nothing is raised."""
+    with torchs_products():
+        return recorded(_check, item, say)
+
+
 def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, str]:
+    try:
+        return _found(item, say, facts)
+    except _Finding as finding:
+        return finding.result, finding.reason
+
+
+def _found(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, str]:
     """Fill in ``facts`` on the way; return the result and its reason."""
     say("eager-fails")
     model, parts, expected = _with_eager(item, facts)

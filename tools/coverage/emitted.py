@@ -8,9 +8,6 @@ order. The first of the plans runs.
 from __future__ import annotations
 
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,14 @@ from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import best_split, make_plan
 from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline_emulator import install
-from tools.coverage.check import ALLOWED, LEARNING_RATE, loss_difference, step_difference
+from tools.coverage.check import (
+    ALLOWED,
+    LEARNING_RATE,
+    Say,
+    loss_difference,
+    recorded,
+    step_difference,
+)
 from tools.coverage.classes import ModelClass
 from tools.coverage.eager import (
     Batch,
@@ -50,28 +54,16 @@ from tools.coverage.record import Record, Result, one_line
 from tools.coverage.tiny_draft import ROWS
 
 STAGES = (2, 4, 8)
-Say = Callable[[Result], None]
 
 
 def check_emitted(item: ModelClass, say: Say = lambda _: None) -> Record:
-    """Plan one class for a pod and emit every plan; nothing is raised.
-
-    Args:
-        item: The class.
-        say: Called with what the result is if the process does not come back from what follows.
-    """
-    start = time.perf_counter()
-    torch.set_num_threads(1)
-    facts: dict[str, Any] = {"stages": ()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of models and configs
-        result, reason = _check(item, say, facts)
-    seconds = round(time.perf_counter() - start, 2)
-    return Record(item.name, item.architecture, item.task, result, reason, seconds=seconds, **facts)
+    """Plan one class for a pod and emit every plan; nothing is raised."""
+    return recorded(_check, item, say)
 
 
 def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, str]:
     """Fill in ``facts`` on the way; return the result and its reason."""
+    facts["stages"] = ()
     say("eager-fails")
     try:
         model, (part, *_) = model_and_batches(item)

@@ -6,9 +6,7 @@ the weights of other stages are NaN.
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 from ipu_pipeline.capture import CapturedModel, capture
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.ops.linear import torchs_products
-from tools.coverage.check import STAGES, planned
+from tools.coverage.check import STAGES, Say, planned, recorded
 from tools.coverage.classes import ModelClass
 from tools.coverage.eager import Batch, EagerError, model_and_batches, own_values
 from tools.coverage.rank_threads import on_threads
@@ -32,26 +30,14 @@ _WAYS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"num_beams": 1},
     f"{NUM_BEAMS} beams": {"num_beams": NUM_BEAMS},
 }
-Say = Callable[[Result], None]
 Tokens = Mapping[str, Tensor]
 
 
 def check_generated(item: ModelClass, say: Say = lambda _: None) -> Record:
-    """Generate with one class on the ranks of 2 and 4 stages; nothing is raised.
-
-    Args:
-        item: The class.
-        say: Called with what the result is if the process does not come back from what follows.
-    """
-    start = time.perf_counter()
-    torch.set_num_threads(1)
-    facts: dict[str, Any] = {"stages": ()}
+    """Generate with one class on the ranks of 2 and 4 stages; nothing is raised."""
     logging.set_verbosity_error()
-    with warnings.catch_warnings(), torchs_products():
-        warnings.simplefilter("ignore")  # of models and configs
-        result, reason = _check(item, say, facts)
-    seconds = round(time.perf_counter() - start, 2)
-    return Record(item.name, item.architecture, item.task, result, reason, seconds=seconds, **facts)
+    with torchs_products():
+        return recorded(_check, item, say)
 
 
 def generates(item: ModelClass) -> bool:
@@ -62,6 +48,7 @@ def generates(item: ModelClass) -> bool:
 
 def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, str]:
     """Fill in ``facts`` on the way; return the result and its reason."""
+    facts["stages"] = ()
     say("eager-fails")
     try:
         model, (part, *_) = model_and_batches(item)

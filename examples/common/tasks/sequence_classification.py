@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
@@ -33,13 +34,28 @@ def encode(rows: Rows, setup: Setup) -> EncodedDataset:
         DatasetError: A column is missing or of the wrong kind.
         ValueError: A class is unknown.
     """
-    columns = _text_columns(rows, setup.options)
-    texts = [
-        [require(row, name, str, f"row {i}") for i, row in enumerate(rows)] for name in columns
-    ]
-    encoded = setup.tokenise(*texts)
+    encoded = _tokenised(rows, setup)
     names = labels_of(rows, setup.options)
     numbers = [setup.number_of(name, f"row {i}") for i, name in enumerate(names)]
+    return EncodedDataset({**encoded, "labels": numbers})
+
+
+def encode_numbers(rows: Rows, setup: Setup) -> EncodedDataset:
+    """Tokenise texts or pairs; ``labels`` is a number to predict.
+
+    Raises:
+        DatasetError: A column is missing or of the wrong kind.
+    """
+    encoded = _tokenised(rows, setup)
+    column, numbers = setup.options.label_column_name, []
+    for i, row in enumerate(rows):
+        value = require(row, column, (int, float, str), f"row {i}")
+        try:
+            numbers.append(float(value))
+        except ValueError as error:
+            raise DatasetError(
+                f"row {i} has label {shown(value)}; this task predicts numbers"
+            ) from error
     return EncodedDataset({**encoded, "labels": numbers})
 
 
@@ -52,6 +68,14 @@ def labels_of(rows: Rows, options: SequenceClassificationOptions) -> Iterator[st
     for i, row in enumerate(rows):
         where = f"row {i}"
         yield class_name(require(row, options.label_column_name, object, where), where)
+
+
+def _tokenised(rows: Rows, setup: Setup) -> Any:
+    columns = _text_columns(rows, setup.options)
+    texts = [
+        [require(row, name, str, f"row {i}") for i, row in enumerate(rows)] for name in columns
+    ]
+    return setup.tokenise(*texts)
 
 
 def _text_columns(rows: Rows, options: SequenceClassificationOptions) -> list[str]:

@@ -46,9 +46,16 @@ class Groups:
             (layout.num_replicas, layout.num_ranks, layout.tp),
             mesh_dim_names=("replica", "pipeline", slices),
         )
+        self.world: dist.ProcessGroup | None = dist.group.WORLD
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
         self.slices = mesh[slices]
+        # A step that fails leaves messages behind, which the next executable must not receive. On
+        # GPUs another group is memory, and such messages stop all that follows on the device.
+        if device.type == "cpu" and layout.num_ranks > 1:
+            self.world = dist.new_group()
+            if self.pipeline is dist.group.WORLD:
+                self.pipeline = self.world
         self.ranks = ranks
         self.waiter = ranks.waiter
         self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -93,7 +100,7 @@ class Groups:
         if not values:
             return []
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        group = group or dist.group.WORLD
+        group = group or self.world
         assert group is not None
         return [float(value) for value in self.sum_in_order(own, group)]
 
@@ -143,13 +150,14 @@ class Groups:
     def close(self) -> None:
         """Destroy the groups made here. No process may still be using them."""
         slices = self.slices.get_group()
-        for group in {self.pipeline, self.replicas, slices, *self.holders.values(), *self._more}:
+        made = {self.pipeline, self.replicas, slices, *self.holders.values(), *self._more}
+        for group in made | {self.world}:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self.holders.clear()
         self._more.clear()
         self.vocabulary = None
-        del self.pipeline, self.replicas, self.slices
+        del self.world, self.pipeline, self.replicas, self.slices
 
 
 def exchange(tensors: Iterable[Tensor], message: Callable[[Tensor], Any]) -> None:

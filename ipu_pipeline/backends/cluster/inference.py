@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 # Objects that change while tokens are drawn: calls that share one run in turn.
 _CHANGING = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
              "assistant_model")  # fmt: skip
+# What users write of them may draw otherwise on every rank, and with it stop at another length.
+_DRAWING = ("logits_processor", "prefix_allowed_tokens_fn")
 # They decide by tokens alone, which all ranks have.
 _BY_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
@@ -125,8 +128,10 @@ def call_on_ranks(
     """
     device = groups.device
     share = any(given.get(name) is not None for _, given in calls for name in _CHANGING)
+    drawing = any(given.get(name) is not None for _, given in calls for name in _DRAWING)
+    check = partial(check_same_tokens, groups=groups) if drawing else None
     held = {**positions_of_weights(model, plan, groups.layout), **changing}
-    with entering_stages(model, plan, groups.layout) as begun:
+    with entering_stages(model, plan, groups.layout, check) as begun:
         in_flight = len(calls) > 1 and device.type == "cpu" and not share
         if in_flight and groups.layout.num_ranks > 1:
             return _in_flight(model, groups, held, begun, name, calls)
@@ -247,9 +252,14 @@ def _in_flight(
 
 @contextmanager
 def entering_stages(
-    model: nn.Module, plan: Plan, layout: Layout
+    model: nn.Module,
+    plan: Plan,
+    layout: Layout,
+    check: Callable[[Sequence[Tensor]], object] | None = None,
 ) -> Iterator[Callable[[RankProgram], Any]]:
     """Watch where blocks begin and where logits leave, without a trace on the model afterwards.
+
+    ``check`` is called with the tokens whenever some were drawn, at the same time on all ranks.
 
     Yields:
         A region for a program, which gives what makes of a result what all ranks have; caches,
@@ -276,7 +286,7 @@ def entering_stages(
         *(part.register_forward_hook(_leaves) for part in parts),
     ]  # fmt: skip
     for part in parts:
-        part._get_stopping_criteria = _agreed_criteria(part._get_stopping_criteria, current)
+        part._get_stopping_criteria = _agreed_criteria(part._get_stopping_criteria, current, check)
     try:
         yield begun
     finally:
@@ -286,27 +296,39 @@ def entering_stages(
             hook.remove()
 
 
-def _agreed_criteria(made: Callable[..., Any], current: threading.local) -> Callable[..., Any]:
+def _agreed_criteria(
+    made: Callable[..., Any], current: threading.local, check: Any
+) -> Callable[..., Any]:
     """Return what makes stopping criteria that decide on all ranks as on the first one."""
 
     def agreed(*args: Any, **kwargs: Any) -> Any:
         criteria = made(*args, **kwargs)
         by_tokens = all(type(one) in _BY_TOKENS for one in criteria)
-        return criteria if by_tokens else _OfFirstRank(criteria, current.program)
+        first = None if by_tokens else current.program
+        return _OnAllRanks(criteria, first, check) if first or check else criteria
 
     return agreed
 
 
-class _OfFirstRank(StoppingCriteriaList):
-    """Stopping criteria of which one looks at a clock, or at something else of one process."""
+class _OnAllRanks(StoppingCriteriaList):
+    """Stopping criteria that decide alike, or of which one would, by tokens that are not the same.
 
-    def __init__(self, criteria: Any, program: RankProgram) -> None:
+    Args:
+        criteria: Their own.
+        program: Where one looks at a clock, or at something else of one process.
+        check: Refuses tokens that differ.
+    """
+
+    def __init__(self, criteria: Any, program: RankProgram | None, check: Any) -> None:
         super().__init__(criteria)
-        self._program = program
+        self._program, self._check = program, check
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return which sequences are done."""
-        return self._program.of_first(super().__call__(*args, **kwargs))
+        if self._check is not None:
+            self._check([input_ids])
+        found = super().__call__(input_ids, *args, **kwargs)
+        return found if self._program is None else self._program.of_first(found)
 
 
 def positions_of_weights(model: nn.Module, plan: Plan, layout: Layout) -> dict[Tensor, int]:

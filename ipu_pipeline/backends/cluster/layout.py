@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
@@ -49,15 +50,16 @@ def position_of_stages(
         others = [k.name for k in torch_schedules() if k.place(num_stages, num_ranks) is not None]
         raise LoweringError(
             f"schedule {kind.name} runs {kind.placement.replace('device', 'process')}: "
-            f"{num_stages} stages do not fit {num_ranks} processes; start as many processes as the "
-            f"plan has devices{', or use ' if others else ''}{', '.join(others)}"
+            f"{count_of(num_stages, 'stage')} do not fit {count_of(num_ranks, 'process')}; start "
+            "as many processes as the plan has "
+            f"devices{', or use ' if others else ''}{', '.join(others)}"
         )
     problem = kind.problem(PipelineShape.of(num_stages, num_microbatches, positions))
     if not problem and kind.torch_needs_depth and num_microbatches < num_stages:
         problem = (
             f"schedule {kind.name} needs at least as many microbatches as stages, got "
-            f"{num_microbatches} microbatches and {num_stages} stages; use more microbatches, or "
-            "gpipe"
+            f"{count_of(num_microbatches, 'microbatch')} and {count_of(num_stages, 'stage')}; use "
+            "more microbatches, or gpipe"
         )
     if problem:
         raise LoweringError(problem)
@@ -133,14 +135,15 @@ def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout
     each, times_tp = plan.replicas * tp, f" x tp {tp}" if tp > 1 else ""
     if world_size % each:
         raise LoweringError(
-            f"the plan has {plan.replicas} replicas{times_tp}, which cannot share {world_size} "
-            f"processes; start a multiple of {each}"
+            f"the plan has {count_of(plan.replicas, 'replica')}{times_tp}, which cannot share "
+            f"{world_size} processes; start a multiple of {each}"
         )
     num_ranks = world_size // each
     if num_ranks > plan.num_stages:
         raise LoweringError(
-            f"{world_size} processes are more than the plan's {plan.num_stages} stages x "
-            f"{plan.replicas} replicas{times_tp}; start {plan.num_stages * each}"
+            f"{count_of(world_size, 'process')} are more than the plan's "
+            f"{count_of(plan.num_stages, 'stage')} x "
+            f"{count_of(plan.replicas, 'replica')}{times_tp}; start {plan.num_stages * each}"
         )
     positions = position_of_stages(schedule, plan.num_stages, num_ranks, plan.num_microbatches)
     return Layout(rank, plan.replicas, num_ranks, plan.num_stages, positions, tp)

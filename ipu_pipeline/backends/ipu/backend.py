@@ -25,6 +25,7 @@ from ipu_pipeline.backends.ipu.prices.predict import (
     stage_loads,
 )
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import spread_graphs
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -34,6 +35,8 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.search import Constraints, Partition
 
+# A spread table has more stages, and logits that are joined: a small gain is within the error.
+WORTH_SPREADING = 0.02
 # Not of the program but of the request: a configuration was given, and with numbers of layers.
 _FIXED, _SPELLED_OUT = OF_THE_REQUEST
 
@@ -119,9 +122,30 @@ class IPUBackend(Backend):
     def search(
         self, work: Workload, limits: Constraints, *, any_replicas: bool
     ) -> tuple[Partition, Workload]:
-        """Search pipelines and programs: blocks do not add up to stages here."""
+        """Search pipelines and programs: blocks do not add up to stages here.
+
+        With ``vocabulary="auto"`` also those whose tables are spread over IPUs, which are taken
+        where nothing else fits, or where they are quicker by :data:`WORTH_SPREADING`.
+        """
         limits = self.rules(work.graph, work.machine, limits)
-        return self._planning(work).search(work.machine, limits), work
+        works = [work]
+        if limits.vocabulary == "auto":
+            works += [replace(work, graph=graph) for graph in spread_graphs(work.graph)]
+        found: list[tuple[float, Partition, Workload]] = []
+        refused: list[PartitionError] = []
+        for tried in works:
+            try:
+                split = self._planning(tried).search(work.machine, limits)
+            except PartitionError as error:
+                refused.append(error)
+            else:
+                kept = 1.0 if tried is work else 1.0 + WORTH_SPREADING
+                found.append((kept * split.objective, split, tried))
+        if not found:
+            raise refused[0]
+        _, split, tried = min(found, key=lambda item: item[0])
+        bound_s = min(split.lower_bound for _, split, _ in found)
+        return replace(split, lower_bound=bound_s), tried
 
     def _planning(self, work: Workload) -> IPUPlanning:
         self.check_costs("profiled" if work.measured_s else "analytic")

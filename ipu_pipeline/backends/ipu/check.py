@@ -11,11 +11,13 @@ from itertools import pairwise
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.predict import table_problems
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings, evaluation_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 
 MOST_IPUS = 64  # per process
@@ -58,7 +60,7 @@ def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
     if config.output_mode in ("final", "default") and plan.num_microbatches > 1:
         found.append(
             f"output_mode {config.output_mode!r} gives back the loss of the last of "
-            f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
+            f"{count_of(plan.num_microbatches, 'microbatch')} only; 'all' or 'sum' give their mean"
         )
     return tuple(found)
 
@@ -88,13 +90,15 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if not plan.graph.training:
         if plan.num_microbatches < stages > 1:
             yield (
-                f"{plan.num_microbatches} microbatches in a call of the device are below the "
-                f"{stages} forward stages of the pipeline; use {stages} microbatches or more"
+                f"{count_of(plan.num_microbatches, 'microbatch')} in a call of the device are "
+                f"below the {stages} forward stages of the pipeline; use "
+                f"{count_of(stages, 'microbatch')} or more"
             )
     elif stages > 1 and plan.num_microbatches < least:
         yield (
             f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} "
-            f"forward stages - 1, which the pipeline needs; use {least} microbatches or more"
+            f"forward stages - 1, which the pipeline needs; use {count_of(least, 'microbatch')} or "
+            "more"
         )
 
 
@@ -103,9 +107,9 @@ def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
         yield (
-            f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
-            f"{MOST_IPUS}; lower the replicas, or emit a bundle and start several processes "
-            "(ipu-pipeline launch --print)"
+            f"{count_of(plan.replicas, 'replica')} of {count_of(per_replica, 'IPU')} are {total}, "
+            f"one process has at most {MOST_IPUS}; lower the replicas, or emit a bundle and start "
+            "several processes (ipu-pipeline launch --print)"
         )
 
 
@@ -146,8 +150,9 @@ def _evaluation_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
     total = settings.num_ipus * settings.replicas
     if total > MOST_IPUS:
         yield (
-            f"inference: {settings.replicas} replicas of {settings.num_ipus} IPUs are "
-            f"{total}, one process has at most {MOST_IPUS}; lower inference_replication_factor"
+            f"inference: {count_of(settings.replicas, 'replica')} of "
+            f"{count_of(settings.num_ipus, 'IPU')} are {total}, one process has at most "
+            f"{MOST_IPUS}; lower inference_replication_factor"
         )
     empty = set(range(settings.num_ipus)) - {stage.ipu for stage in layout.stages}
     if empty:
@@ -162,10 +167,7 @@ def _evaluation_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    kinds = {block.name: block.kind for block in plan.blocks}
-    for group in plan.tied_groups:
-        if {kinds[name] for name in group} == {"layer"}:
-            continue  # handed to the layers as a value, which PopART copies
+    for group in one_ipu_groups(plan.graph):
         places = {name: plan.stages[plan.stage_of[name]].device for name in group}
         if len(set(places.values())) > 1:
             shown = ", ".join(f"{name} on IPU {ipu}" for name, ipu in places.items())
@@ -182,8 +184,8 @@ def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 SPREAD_VOCABULARY = (
     "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
     "step, each block on one: no pass of its own, in which every IPU works on one "
-    "microbatch's loss, fits between forward and backward pass; plan without vocabulary, "
-    "and serialize the head and the embeddings (serialize_projection, serialize_embedding)"
+    "microbatch's loss, fits between forward and backward pass; plan with vocabulary 'auto', or "
+    "say serialized_embedding_splits_per_ipu: rows of the tables on several IPUs, one after another"
 )
 
 

@@ -37,7 +37,7 @@ from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
 from ipu_pipeline.backends.ipu.prices.predict import partition_of
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.priced import quickest
@@ -299,7 +299,8 @@ def _undivided(request: TuneRequest, num_devices: int) -> str:
     pipelines = list(_replicated(request, num_devices))
     if not pipelines:
         return (
-            f"{request.replicas or 1} replicas of {request.ipus_per_replica or 1} IPUs need "
+            f"{count_of(request.replicas or 1, 'replica')} of "
+            f"{count_of(request.ipus_per_replica or 1, 'IPU')} need "
             f"{(request.replicas or 1) * (request.ipus_per_replica or 1)}, the pod has "
             f"{num_devices}; ask for fewer, or choose a larger pod"
         )
@@ -310,9 +311,9 @@ def _undivided(request: TuneRequest, num_devices: int) -> str:
     near = sorted({max(least, below), max(least, below + unit)})
     return (
         f"no split divides a global batch of {request.global_batch}: it must be a multiple of "
-        f"{unit} (micro batch x replicas) and at least {least} (a pipeline of {num_ipus} IPUs "
-        f"needs {2 * num_ipus - 1} microbatches); the nearest that work are "
-        f"{' and '.join(map(str, near))}"
+        f"{unit} (micro batch x replicas) and at least {least} (a pipeline of "
+        f"{count_of(num_ipus, 'IPU')} needs {count_of(2 * num_ipus - 1, 'microbatch')}); the "
+        f"nearest that work are {' and '.join(map(str, near))}"
     )
 
 
@@ -413,8 +414,9 @@ def _misfit(
     if front.pipelines:
         best = closest(front.pipelines)
         head += (
-            f"; closest were {best.settings.num_ipus} IPUs per replica with a micro batch of "
-            f"{best.micro_batch}, whose fullest tile needs {1 - best.free:.0%} of its memory"
+            f"; closest were {count_of(best.settings.num_ipus, 'IPU')} per replica with a micro "
+            f"batch of {best.micro_batch}, whose fullest tile needs {1 - best.free:.0%} of its "
+            "memory"
         )
     wider = replace(request, ipus_per_replica=None, replicas=None, micro_batch=None)
     for factor in LARGER:
@@ -426,5 +428,5 @@ def _misfit(
         graphs = {least: capture(least).graph}
         pipelines = pipelines_of(found, graphs, larger, wider, chip_of(machine))
         if any(item.fits() for item in pipelines):
-            return f"{head}; it fits on {count} IPUs"
+            return f"{head}; it fits on {count_of(count, 'IPU')}"
     return f"{head}; nor does it on {LARGER[-1]} times as many IPUs: use a shorter sequence"

@@ -10,6 +10,7 @@ from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction
 from ipu_pipeline.backends.ipu.prices.layout import layers_of
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
 from ipu_pipeline.backends.ipu.tune import TuneResult
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.text import milliseconds, render_table
 
 _COLUMNS = ("samples/s", "step ms", "free", "IPUs", "micro batch", "accumulation", "layers per IPU",
@@ -105,10 +106,11 @@ def why(result: TuneResult) -> str:
     )
     settings = best.settings
     text = (
-        f"Why this one: {settings.replicas} replicas of {settings.num_ipus} IPUs with a micro "
-        f"batch of {best.micro_batch} spend their step on {shares}. Memory: IPU "
-        f"{best.fullest[1]} is the fullest, {result.best.free:.1%} of its fullest tile is free. "
-        f"On the device, {settings.recomputation}."
+        f"Why this one: {count_of(settings.replicas, 'replica')} of "
+        f"{count_of(settings.num_ipus, 'IPU')} with a micro batch of {best.micro_batch} spend "
+        f"their step on {shares}. Memory: IPU {best.fullest[1]} is the fullest, "
+        f"{result.best.free:.1%} of its fullest tile is free. On the device, "
+        f"{settings.recomputation}."
     )
     return "\n".join([text, *_others(result)])
 
@@ -126,7 +128,7 @@ def _others(result: TuneResult) -> list[str]:
     bounds.pop(own, None)
     batch, lines = result.request.global_batch, []
     for key in sorted(bounds, key=bounds.__getitem__)[:6]:
-        name = f"  {key[1]} x {key[0]} IPUs, micro batch {key[2]}:"
+        name = f"  {key[1]} x {count_of(key[0], 'IPU')}, micro batch {key[2]}:"
         if reached.get(key, inf) < inf:
             lines.append(f"{name} slower ({batch / reached[key]:.1f} samples/s found)")
         else:

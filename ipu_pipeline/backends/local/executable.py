@@ -18,6 +18,7 @@ from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
@@ -475,8 +476,8 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     """
     if plan.replicas > 1:
         raise LoweringError(
-            f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
-            "plan with replicas=1, or more microbatches for the same total batch"
+            f"the plan has {count_of(plan.replicas, 'replica')}; the local target runs one "
+            "pipeline: make the plan with replicas=1, or more microbatches for the same total batch"
         )
     options.refuse_ipus("local")
     if options.replicated_tensor_sharding:

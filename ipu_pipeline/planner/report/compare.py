@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
 from ipu_pipeline.ir.text import milliseconds, render_table, shortened, unit_of
@@ -56,10 +58,17 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
             f"{milliseconds(pace_of(first).seconds)} ms"
         )
     faster = f"{names[1]} trains {times:.3f} times as many samples/s as {names[0]}"
-    if [p.num_microbatches for p in (first, second)] != [first.num_microbatches] * 2:
-        return f"{faster}: its step has {second.num_microbatches} microbatches, not " + str(
-            first.num_microbatches
-        )
+    pairs = {
+        "runs on {}, not {}": [(_num_devices(plan), "device") for plan in (first, second)],
+        "has {} a step, not {}": [(p.num_microbatches, "microbatch") for p in (first, second)],
+    }
+    other = [
+        text.format(count_of(*after), before[0])
+        for text, (before, after) in pairs.items()
+        if before != after
+    ]
+    if other:
+        return f"{faster}: it {', and '.join(other)}"
     paces = [pace_of(plan) for plan in (first, second)]
     slower_s = seconds[1] - seconds[0]
     paced_s = first.num_microbatches * (paces[1].seconds - paces[0].seconds)
@@ -77,12 +86,19 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
     )
 
 
+def _num_devices(plan: Plan) -> int:
+    """Return how many devices work for a plan, all replicas together."""
+    rates = rates_of(plan)
+    return rates.num_devices if rates else 0
+
+
 def _counted(plan: Plan, blocks: Sequence[str]) -> str:
     """Return what a device holds: ``10 layers, embed_tokens``."""
     kinds = {block.name: block.kind for block in plan.blocks}
     layers = sum(kinds[name] == "layer" for name in blocks)
     others = [name for name in blocks if kinds[name] != "layer"]
-    parts = ([f"{layers} layers"] if layers else []) + ([shortened(others)] if others else [])
+    parts = [count_of(layers, "layer")] if layers else []
+    parts += [shortened(others)] if others else []
     return ", ".join(parts) or "nothing"
 
 
@@ -96,16 +112,18 @@ def compare_text(first: Plan, second: Plan, names: Sequence[str]) -> str:
 
 
 def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
-    rates = rates_of(plan)
+    rates, replicas = rates_of(plan), count_of(plan.replicas, "replica")
+    devices = count_of(len({stage.device for stage in plan.stages}), "device")
     unit = unit_of(plan.machine)
     bound = milliseconds(plan.lower_bound_s) if plan.lower_bound_s else "not known"
     peak = max((curve.peak_bytes for curve in timeline.memory), default=0)
     found = {
         "model": plan.model.model_class,
         "machine": plan.machine.name,
-        "stages": f"{plan.num_stages} on {len({s.device for s in plan.stages})} devices",
+        "stages": f"{plan.num_stages} on {devices}",
+        "devices of all replicas": str(_num_devices(plan)),
         "schedule": plan.schedule,
-        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {plan.replicas} replicas",
+        "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {replicas}",
         "step ms": milliseconds(plan.objective_s),
         "busiest device ms a microbatch": milliseconds(pace_of(plan).seconds),
         "bubble": f"{timeline.bubble_fraction:.1%}",
@@ -123,12 +141,19 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
     return found
 
 
+def _setting(plan: Plan, name: str) -> Any:
+    """Return a setting as shown; GPUs run this project's own engine where none is named."""
+    gpus = plan.machine.devices[0].kernels is not None
+    found = plan.settings.get(name, "torch" if gpus and name == "engine" else "not set")
+    return ", ".join(map(str, found)) if isinstance(found, list | tuple) else found
+
+
 def _differences(first: Plan, second: Plan) -> Iterator[str]:
     """Yield what the plans decide differently, one line each."""
     if first.model != second.model:
         yield "they are plans of different models: their times say little about each other"
     for name in sorted({*first.settings, *second.settings}):
-        own, other = (plan.settings.get(name, "not set") for plan in (first, second))
+        own, other = (_setting(plan, name) for plan in (first, second))
         if own != other and not all(value in ("not set", 1) for value in (own, other)):
             yield f"{name}: {own} against {other}"
     recomputed = [sum(len(stage.recompute) for stage in plan.stages) for plan in (first, second)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.rates import rates_of
+from ipu_pipeline.ir.rates import of_peak, rates_of
 from ipu_pipeline.ir.text import describe_blocks, milliseconds, unit_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import left_out, windows
@@ -47,9 +48,9 @@ def head(plan: Plan, timeline: Timeline) -> str:
         bound = f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
     tiles = [
         (f"{milliseconds(timeline.step_s)} ms", "optimizer step",
-         f"{plan.num_microbatches} microbatches"),
+         count_of(plan.num_microbatches, "microbatch")),
         (f"{rates.samples_per_s if rates else 0.0:,.1f}", "samples per second",
-         f"{samples} samples per step"),
+         f"{count_of(samples, 'sample')} per step"),
         (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
         (f"{peak / limit:.1%}", "of the fullest memory",
          f"{where}: {unit(peak)} of {unit(limit)} {unit.name}"),
@@ -59,19 +60,21 @@ def head(plan: Plan, timeline: Timeline) -> str:
     if rates is not None and rates.mfu is not None:
         tokens = f"{rates.tokens_per_s or rates.samples_per_s:,.0f}"
         what = "samples" if rates.tokens_per_s is None else "tokens"
-        devices = f"of {rates.num_devices} GPUs' bfloat16 peak"
-        tiles += [(tokens, f"{what} per second", f"{rates.num_devices} GPUs"),
+        devices = of_peak(rates.num_devices)
+        tiles += [(tokens, f"{what} per second", count_of(rates.num_devices, "GPU")),
                   (f"{rates.mfu:.1%}", "MFU", devices)]  # fmt: skip
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
         f"<small>{escape(detail)}</small></div>"
         for value, name, detail in tiles
     )
-    replicas = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
+    replicas = f", {count_of(plan.replicas, 'replica')}" if plan.replicas > 1 else ""
+    devices = count_of(len(timeline.devices), "device")
+    stages = f"{count_of(plan.num_stages, 'stage')} on {devices}"
     return (
         f"<h1>{escape(plan.model.model_class)} on {escape(plan.machine.name)}</h1>"
-        f'<p class="soft">{plan.num_stages} stages on {len(timeline.devices)} devices, '
-        f"{escape(plan.schedule)}, {plan.num_microbatches} microbatches of "
+        f'<p class="soft">{stages}, '
+        f"{escape(plan.schedule)}, {count_of(plan.num_microbatches, 'microbatch')} of "
         f"{plan.micro_batch_size}{replicas}; costs: {escape(plan.cost_source)}</p>"
         f'<div class="tiles">{boxes}</div>{_warnings(plan, timeline)}'
     )

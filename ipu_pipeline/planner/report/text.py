@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
 from ipu_pipeline.ir.text import explain_plan, milliseconds, render_table, unit_of
@@ -64,7 +65,7 @@ def totals(plan: Plan, timeline: Timeline) -> list[str]:
     unit, rates = unit_of(plan.machine), rates_of(plan, timeline.step_s)
     lines = [
         f"simulated step {milliseconds(timeline.step_s)} ms ({timeline.schedule}, "
-        f"{timeline.num_microbatches} microbatches): "
+        f"{count_of(timeline.num_microbatches, 'microbatch')}): "
         f"{rates.text() if rates else 'no rate'}, bubble {timeline.bubble_fraction:.1%}, "
         f"peak {unit(timeline.peak_memory_bytes)} {unit.name}",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ipu_pipeline.ir.limits import LIMITS, check_count
+from ipu_pipeline.ir.limits import LIMITS, check_count, count_of
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.objective import Objective, Path
 from ipu_pipeline.planner.schedules.rows import (
@@ -56,7 +56,8 @@ class PipelineShape:
         given = tuple(range(num_stages)) if devices is None else tuple(devices)
         if len(given) != num_stages:
             raise ValueError(
-                f"stage_devices has {len(given)} entries for {num_stages} stages; give one each"
+                f"stage_devices has {len(given)} entries for {count_of(num_stages, 'stage')}; give "
+                "one each"
             )
         return cls(num_stages, num_microbatches, given, training, tuple(spread))
 
@@ -169,8 +170,9 @@ class ScheduleKind:
             expected = self.place(shape.num_stages, shape.num_devices)
             if expected is None:
                 return (
-                    f"schedule {self.name} runs {self.placement}: {shape.num_stages} stages do "
-                    f"not fit {shape.num_devices} devices; change num_stages or the devices"
+                    f"schedule {self.name} runs {self.placement}: "
+                    f"{count_of(shape.num_stages, 'stage')} do not fit "
+                    f"{count_of(shape.num_devices, 'device')}; change num_stages or the devices"
                 )
             if shape.positions != expected:
                 order = list(dict.fromkeys(shape.devices))
@@ -198,9 +200,10 @@ class ScheduleKind:
         passes += 2 * bool(shape.spread)
         if passes * shape.num_stages * shape.num_microbatches > LIMITS["actions"]:
             raise ValueError(
-                f"{shape.num_microbatches} microbatches x {shape.num_stages} stages are too many "
-                f"for schedule {self.name}: {LIMITS['actions']} passes are possible, a microbatch "
-                f"has {passes} in every stage; use fewer and larger microbatches"
+                f"{count_of(shape.num_microbatches, 'microbatch')} x "
+                f"{count_of(shape.num_stages, 'stage')} are too many for schedule {self.name}: "
+                f"{LIMITS['actions']} passes are possible, a microbatch has {passes} in every "
+                "stage; use fewer and larger microbatches"
             )
         return _rows(self, shape)
 

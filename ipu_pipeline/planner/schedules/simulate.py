@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price, schedule_problem, spread_stages, usable_bytes
@@ -109,7 +110,8 @@ def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
     devices, training = [stage.device for stage in plan.stages], plan.graph.training
     if schedule.num_stages != plan.num_stages:
         raise ValueError(
-            f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
+            f"the schedule is for {count_of(schedule.num_stages, 'stage')}, the plan has "
+            f"{plan.num_stages}"
         )
     rows = one_row_per_device(schedule if training else forward_passes(schedule), devices)
     return rows if rows.spread else with_vocabulary(rows, spread_stages(plan))

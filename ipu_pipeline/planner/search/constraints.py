@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.ir.limits import check_count, check_counts
+from ipu_pipeline.ir.limits import check_count, check_counts, count_of
 from ipu_pipeline.ir.select import select
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 from ipu_pipeline.planner.schedules import schedule_kind
@@ -86,8 +86,8 @@ class Constraints:
             len(self.stage_devices),
         ):
             raise ValueError(
-                f"stage_devices gives {len(self.stage_devices)} stages, num_stages says "
-                f"{self.num_stages}; leave num_stages out"
+                f"stage_devices gives {count_of(len(self.stage_devices), 'stage')}, num_stages "
+                f"says {self.num_stages}; leave num_stages out"
             )
 
     def with_stages(self, stages: Sequence[Sequence[str]]) -> Constraints:

@@ -8,10 +8,11 @@ from math import inf
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph, TensorSpec
-from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.options.vocabulary_shares import Share, VocabularyShares, with_shares
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
@@ -100,24 +101,24 @@ def price_stages(plan: Plan, costs: GraphCosts) -> GivenStages:
         boundaries.append(done)
     found = PricedPipeline(0.0, tuple(boundaries), tuple(prices))
     split = to_partition(found, built, slots, plan.machine, limits)
-    loads = tuple(
-        StageLoad(
-            device=stage.device,
-            forward_s=stage.forward_s,
-            backward_s=stage.backward_s,
-            copies=own,
-            weight_bytes=stage.weight_bytes,
-            stash_bytes=stage.stash_bytes,
-            workspace_bytes=max(
-                0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
-            ),
-            in_flight=stage.in_flight,
-            softmax_s=own_price.softmax_s,
-            rows_s=own_price.rows_s,
-        )
-        for stage, own, own_price in zip(split.stages, copies, prices, strict=True)
-    )
+    loads = tuple(map(_load, split.stages, copies, prices))
     return GivenStages(split, loads, tuple(price.outer_s for price in prices))
+
+
+def _load(stage: PlannedStage, copies: Copies, price: StagePrice) -> StageLoad:
+    held = stage.weight_bytes + stage.in_flight * stage.stash_bytes
+    return StageLoad(
+        device=stage.device,
+        forward_s=stage.forward_s,
+        backward_s=stage.backward_s,
+        copies=copies,
+        weight_bytes=stage.weight_bytes,
+        stash_bytes=stage.stash_bytes,
+        workspace_bytes=max(0, stage.memory_bytes - held),
+        in_flight=stage.in_flight,
+        softmax_s=price.softmax_s,
+        rows_s=price.rows_s,
+    )
 
 
 def _shares_apart(costs: GraphCosts, shares: Mapping[int, Share]) -> GraphCosts:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.text import about_megabytes
 from ipu_pipeline.planner.options.block_cost import GraphCosts
@@ -193,7 +194,8 @@ class _Explanation:
             stages = None if base.num_stages is None else base.num_stages + count - have
             change = replace(
                 start,
-                text=f"{start.text + ' and ' if start.text else ''}use {count} devices, not {have}",
+                text=f"{start.text + ' and ' if start.text else ''}use "
+                f"{count_of(count, 'device')}, not {have}",
                 machine=replace(machine, devices=(*machine.devices, *more)),
                 constraints=replace(base, num_stages=stages),
             )

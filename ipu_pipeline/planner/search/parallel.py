@@ -9,6 +9,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
@@ -91,9 +92,9 @@ def pipeline_shapes(
         raise PartitionError(problem)
     if not found:
         raise PartitionError(
-            f"no pipeline to try: {constraints.replicas} replicas, "
-            f"{constraints.num_stages or 'any number of'} stages, {available} devices, "
-            f"{len(graph.blocks)} blocks"
+            f"no pipeline to try: stages {constraints.num_stages or 'any'} (at most "
+            f"{constraints.max_stages or 'any'}), replicas {constraints.replicas}, devices "
+            f"{available}, blocks {len(graph.blocks)}"
         )
     return found
 
@@ -108,7 +109,8 @@ def check_depth(graph: BlockGraph, num_stages: int) -> None:
         raise PartitionError("the graph has no block to place")
     if num_stages > len(graph.blocks):
         raise PartitionError(
-            f"{num_stages} stages need at least as many blocks, the graph has {len(graph.blocks)}"
+            f"{num_stages} stages need at least as many blocks, the graph has "
+            f"{len(graph.blocks)}; ask for fewer, or for smaller blocks (granularity)"
         )
 
 
@@ -126,8 +128,9 @@ def _check_devices(graph: BlockGraph, constraints: Constraints, machine: Machine
         needed -= 1
     if needed * replicas > available:
         raise PartitionError(
-            f"{depth} stages x {replicas} replicas need {needed * replicas} devices, the machine "
-            f"offers {available} ({machine.name})"
+            f"{count_of(depth, 'stage')} x {count_of(replicas, 'replica')} need "
+            f"{count_of(needed * replicas, 'device')}, the machine offers {available} "
+            f"({machine.name})"
         )
 
 

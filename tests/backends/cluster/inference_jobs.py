@@ -119,6 +119,13 @@ class _Favours(LogitsProcessor):
         return scores + 1e3 * torch.eye(scores.shape[1])[3 + dist.get_rank()]
 
 
+def served(cases: list[str]) -> list[Any]:
+    """Return what pipelines over the ranks give, and those of the model alone."""
+    from tests.test_task_pipeline import served
+
+    return [served(case, target="distributed") for case in cases]
+
+
 def decided_otherwise() -> dict[str, Any]:
     """Generate with what is not the same on all ranks, or not the same for every token."""
     made, batch = compiled("gpt2-lm", planned={"num_stages": 2}, learning_rate=None)
@@ -132,7 +139,11 @@ def decided_otherwise() -> dict[str, Any]:
             made.generate(**part, streamer=alone, **LENGTHS)
         found["in_turn"] = heard.tokens == alone.tokens
         with pytest.raises(PipelineError) as caught:
-            made.generate(input_ids=ids, logits_processor=[_Favours()], **LENGTHS)
+            made.generate(  # the first rank draws the end, the others do not
+                input_ids=ids, logits_processor=[_Favours()], eos_token_id=3, max_new_tokens=6
+            )
         found["refused"] = str(caught.value)
+        again = made.generate(input_ids=ids, stopping_criteria=[_Stops()], **LENGTHS)
+        found["again"] = torch.equal(again, found["stopped"])
         found["left"] = [name for name in vars(made.model) if "criteria" in name]
     return {**found, "stopped": found["stopped"].shape[1]}

@@ -15,7 +15,7 @@ from ipu_pipeline.checkpoint import is_complete
 from ipu_pipeline.stages.materialize import materialize
 from tests.backends.cluster import jobs, saving_jobs
 from tests.backends.cluster.processes import Processes
-from tests.later import every_second, in_turn
+from tests.later import every_second, in_turn, now
 from tests.tiny_models import TINY
 
 TWO = {"num_stages": 2}
@@ -159,7 +159,7 @@ def test_an_error_of_the_last_save_is_raised_by_what_follows(
 
 @pytest.mark.parametrize(
     "where",
-    ["write_shard", "finish", pytest.param("background", marks=pytest.mark.acceptance)],
+    now(["finish"], ["write_shard", "finish", "background"]),
 )
 def test_a_rank_that_is_killed_leaves_the_earlier_checkpoint(tmp_path: Path, where: str) -> None:
     processes = Processes(2, joined=False)

@@ -9,6 +9,7 @@ import torch
 
 from tests.backends.cluster.inference_jobs import LENGTHS, inputs_of
 from tests.backends.cluster.processes import Processes
+from tests.test_task_pipeline import assert_same
 from tests.tiny_models import TINY
 
 
@@ -16,7 +17,7 @@ from tests.tiny_models import TINY
     ("name", "planned"),
     [
         ("gpt2-lm", {"num_stages": 2, "dropout": True}),
-        ("whisper", {"num_stages": 2}),
+        pytest.param("whisper", {"num_stages": 2}, marks=pytest.mark.acceptance),
     ],
 )
 def test_a_trained_model_generates_what_it_generates_alone(
@@ -39,12 +40,20 @@ def test_weights_that_a_rank_does_not_have_are_not_used(two: Processes, tmp_path
         assert "`model_kwargs` are not used by the model: ['nothing']" in refused[1]
 
 
+def test_pipelines_over_ranks_give_what_the_model_gives(two: Processes) -> None:
+    cases = ["zero-shot-classification", "automatic-speech-recognition of a seq2seq model"]
+    for found in two.run("inference_jobs.served", cases=cases):
+        for ours, alone in found:
+            assert_same(ours, alone)
+
+
 def test_ranks_decide_alike(two: Processes) -> None:
     """Clocks count on the first rank only, streamers hear batch after batch, chance is refused."""
     for found in two.run("inference_jobs.decided_otherwise"):
         assert found["stopped"] == 10
         assert found["in_turn"]
         assert "the ranks have drawn different tokens, so that none" in found["refused"]
+        assert found["again"]
         assert found["left"] == []
 
 

@@ -30,7 +30,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-LATER = ("a fixed bias, interleaved", "backward passes in another order")
+LATER = ("untied, gpipe", "a fixed bias, interleaved", "backward passes in another order")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,12 @@ def test_replicas_train_as_one(four: Processes) -> None:
     for rank in found:
         assert rank["losses"] == pytest.approx(expected, rel=1e-5)
         assert rank["state"] == found[0]["state"]
+
+
+def test_as_many_microbatches_are_kept_as_priced(two: Processes) -> None:
+    plan = jobs.built("gpt2-lm", **EVEN)[1]
+    assert [stage.in_flight for stage in plan.stages] == [3, 2]
+    assert two.run("vocabulary_jobs.in_flight", planned=EVEN) == [{0: 3}, {1: 2}]
 
 
 @pytest.mark.parametrize("name", ["gpt2-lm", "bert-mlm"])

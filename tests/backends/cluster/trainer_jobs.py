@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import CaptureError, LoweringError
+from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.train import PipelineTrainer, TrainingArguments
 from tests.backends.cluster.jobs import built
 from tests.tiny_models import TINY
@@ -401,7 +401,7 @@ def live(folder: str, names: list[str]) -> list[Any]:
     for name in names:
         try:
             trainer = trained(PROGRAMS[name].make, PipelineTrainer, Path(folder) / name)
-        except CaptureError as error:
+        except PipelineError as error:  # of the process of the stage, and of the others
             found.append(str(error))
         else:
             order = trainer._steps.training_order.ahead

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("poptorch")
 LAYERS = {"lxmert-qa": (-1, -1), "convnext": (2, 3)}
 
 
-# Of each kind one: an encoder, two streams, a decoder with its encoder, experts, convolutions, CTC.
-KINDS = ("bert-qa", "lxmert-qa", "t5", "mixtral", "convnext", "wav2vec2-ctc")
+# An encoder, a decoder with its encoder, and CTC; two streams, experts and convolutions later.
+KINDS = ("bert-qa", "t5", "wav2vec2-ctc")
 
 
 @pytest.mark.parametrize("name", now(KINDS, ALL))

@@ -64,7 +64,7 @@ POD = machine_by_name("pod4")
 
 @pytest.mark.parametrize(
     ("num_stages", "name"),
-    one_in(4, product((2, 4), CONFIGS)),  # seven models
+    one_in(8, product((2, 4), CONFIGS)),  # seven models
 )
 def test_what_is_planned_is_emitted_and_priced_once(
     name: str, num_stages: int, tmp_path: Path

@@ -103,7 +103,7 @@ def test_another_batch_is_compared_per_sample(result: TuneResult) -> None:
 
 def test_nothing_fits_says_what_does() -> None:
     asked = TuneRequest(8, max_micro_batch=1)
-    with pytest.raises(PartitionError, match=r"nothing fits pod1 .*closest were 1 IPUs .* needs "):
+    with pytest.raises(PartitionError, match=r"nothing fits pod1 .*closest were 1 IPU .* needs "):
         tune(capturer(LONG, "question-answering"), machine_by_name("pod1"), asked)
 
 

@@ -131,7 +131,7 @@ def test_pins_are_kept() -> None:
     [
         (TuneRequest(7, micro_batch=2), r"batch of 7: it must be a multiple of 2 .* are 6 and 8"),
         (TuneRequest(28, ipus_per_replica=8, replicas=2), r"at least 30 .* needs 15 microbatches"),
-        (TuneRequest(8, ipus_per_replica=32), r"1 replicas of 32 IPUs need 32, the pod has 16"),
+        (TuneRequest(8, ipus_per_replica=32), r"1 replica of 32 IPUs need 32, the pod has 16"),
     ],
 )
 def test_impossible_batches_say_what_would_work(asked: TuneRequest, message: str) -> None:

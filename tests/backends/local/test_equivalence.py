@@ -68,6 +68,8 @@ def test_loss_curves_with_dropout_do_not_depend_on_the_split(
     assert curve(2, "1f1b", sequential=True) == pytest.approx(reference, rel=1e-5)
 
 
+# Gradients of each: test_schedules.py.
+@pytest.mark.acceptance
 def test_every_schedule_gives_the_same_losses() -> None:
     model, example = TINY["gpt2-lm"].build(dropout=True)
     batches = [TINY["gpt2-lm"].batch(batch_size=samples, seed=3) for samples in (12, 5)]

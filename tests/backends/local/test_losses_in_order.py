@@ -26,6 +26,7 @@ from tests.backends.local.test_batch_losses import (
     uneven_batch,
 )
 from tests.backends.local.test_mixed_samples import dice
+from tests.later import in_turn
 
 
 def squares(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,8 +79,7 @@ class Centred(Model):
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.parametrize("beside", [0.0, 0.3])
-@pytest.mark.parametrize("loss", COUNTS)
+@pytest.mark.parametrize(("loss", "beside"), in_turn(COUNTS, [0.0, 0.3]))
 def test_terms_weigh_what_they_mean(
     loss: Callable[..., Tensor], beside: float, caplog: pytest.LogCaptureFixture
 ):

@@ -27,6 +27,7 @@ from tests.backends.local.test_batch_losses import (
     summed,
     uneven_batch,
 )
+from tests.later import every_second
 
 
 def median(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ MIXING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", MIXING)
+@pytest.mark.parametrize("loss", every_second(MIXING))
 def test_a_loss_that_microbatches_do_not_give_is_refused_and_evaluated_whole(
     loss: Callable[..., Tensor],
 ):

@@ -47,7 +47,7 @@ def test_parts_of_several_shapes_and_any_weights() -> None:
 def test_parts_without_a_weight_each_are_refused() -> None:
     executable, batch = compiled()
     with executable:
-        with pytest.raises(LoweringError, match=r"2 microbatches with 1 weights .* one weight for"):
+        with pytest.raises(LoweringError, match=r"2 microbatches with 1 weight .* one weight for"):
             executable.forward_backward_parts([batch, batch], [1.0])
         with pytest.raises(LoweringError, match=r"0 microbatches with 0 weights .* at least one"):
             executable.eval_parts([])

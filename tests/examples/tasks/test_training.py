@@ -46,7 +46,7 @@ def compiled(tiny, arguments, num_stages=2):
     return ipp.compile(tiny.model, plan, optimizer=optimizer, self_check=False)
 
 
-@pytest.mark.parametrize("name", one_in(3, TASKS))
+@pytest.mark.parametrize("name", one_in(5, TASKS))
 def test_a_short_training_beats_the_trivial_baseline(name, tmp_path):
     tiny = build(name, num_hidden_layers=2, count=400)
     arguments = arguments_for(tmp_path, max_steps=STEPS[name])

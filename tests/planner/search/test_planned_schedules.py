@@ -76,7 +76,7 @@ def test_memory_of_all_stages_of_a_device_counts() -> None:
     ("schedule", "stages", "microbatches", "message"),
     [
         ("zbv", 3, 4, "runs exactly 2 stages per device, which they visit in a V: 3 stages"),
-        ("zbv", 8, 4, "8 stages x 1 replicas need 4 devices, the machine offers 2"),
+        ("zbv", 8, 4, "8 stages x 1 replica need 4 devices, the machine offers 2"),
         ("dualpipev", 4, 3, "at least as many microbatches as stages, got 3 microbatches and 4"),
     ],
 )

@@ -48,14 +48,14 @@ def test_wrong_constraints(options, message):
         ({"serialize": {"x.*": 2}}, r"serialize names x\.\*, which the graph does not have"),
         ({"serialize": {"b1": 3}}, "block 'b1' in 3 slices: only a lookup table or an output proj"),
         ({"num_stages": 6}, "6 stages need at least as many blocks, the graph has 5"),
-        ({"num_stages": 3}, "3 stages x 1 replicas need 3 devices, the machine offers 2"),
-        ({"replicas": 3}, "1 stages x 3 replicas need 3 devices, the machine offers 2"),
+        ({"num_stages": 3}, "3 stages x 1 replica need 3 devices, the machine offers 2"),
+        ({"replicas": 3}, "1 stage x 3 replicas need 3 devices, the machine offers 2"),
         ({"stage_devices": (0, 2)}, r"stage_devices \[0, 2\] must name devices 0 to 1"),
         (
             {"schedule": "popart", "num_stages": 2, "num_microbatches": 2},
             "needs at least 3 microbatches per step, got 2; raise gradient",
         ),
-        ({"layers_per_ipu": (1, 1, 3)}, "no pipeline to try: 1 replicas"),
+        ({"layers_per_ipu": (1, 1, 3)}, "no pipeline to try: stages any"),
         (
             {"num_stages": 2, "pinned_stages": {"b0": 1}},
             "no split satisfies the constraints, whatever the memory; drop pinned_stages",

@@ -26,6 +26,7 @@ from ipu_pipeline.capture.captured import model_identity
 from ipu_pipeline.capture.from_config import config_named, from_config
 from ipu_pipeline.capture.precision import in_dtype
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import GIGABYTES, render_table
 from ipu_pipeline.planner.schedules.simulate import plan_shape
@@ -183,9 +184,9 @@ class DryRun:
         check = self.messages
         found = check.problem or "each has its counterpart, and no rank waits for ever"
         return (
-            f"messages of {check.ranks} ranks x {check.stages} stages, {check.schedule}, "
-            f"{check.microbatches} of {self.num_microbatches} microbatches: "
-            f"{check.messages} sent; {found}"
+            f"messages of {count_of(check.ranks, 'rank')} x {count_of(check.stages, 'stage')}, "
+            f"{check.schedule}, {check.microbatches} of "
+            f"{count_of(self.num_microbatches, 'microbatch')}: {check.messages} sent; {found}"
         )
 
     def _rank_text(self, played: Played) -> str:
@@ -194,8 +195,8 @@ class DryRun:
             f"rank {played.rank} of {self.world_size}: replica {played.replica}, rank "
             f"{played.position} of its pipeline, {played.tensor} of those that share a stage; "
             f"stages {stages}\nplayed on tensors without data: {played.microbatches} of "
-            f"{self.num_microbatches} microbatches forward and backward in the schedule's order, "
-            "sums of gradients, the update"
+            f"{count_of(self.num_microbatches, 'microbatch')} forward and backward in the "
+            "schedule's order, sums of gradients, the update"
         )
         if self.written != self.planned:
             text += (
@@ -248,8 +249,8 @@ def dry_run(
     world_size = plan.replicas * sizes.pp * sizes.tp
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"the plan's job has {world_size} ranks (replicas {plan.replicas} x pipeline {sizes.pp}"
-            f" x tp {sizes.tp}), from 0 to {world_size - 1}; got rank {rank}"
+            f"the plan's job has {count_of(world_size, 'rank')} (replicas {plan.replicas} x "
+            f"pipeline {sizes.pp} x tp {sizes.tp}), from 0 to {world_size - 1}; got rank {rank}"
         )
     position = rank // sizes.tp % sizes.pp
     ours = replace(plan, settings={**plan.settings, "engine": "torch"})

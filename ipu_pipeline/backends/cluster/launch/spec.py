@@ -12,7 +12,7 @@ from pathlib import Path
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import backend_of
@@ -142,8 +142,8 @@ def _described(plan: Plan, number: int, schedule: str) -> str:
     """Say what is started."""
     tp = tensor_parallel_size(plan)
     return (
-        f"{_count(number, 'process', 'processes')}: {_count(plan.num_stages, 'stage', 'stages')} x "
-        f"{_count(plan.replicas, 'replica', 'replicas')}{f' x tp {tp}' if tp > 1 else ''}, "
+        f"{count_of(number, 'process')}: {count_of(plan.num_stages, 'stage')} x "
+        f"{count_of(plan.replicas, 'replica')}{f' x tp {tp}' if tp > 1 else ''}, "
         f"{schedule}"
     )
 
@@ -249,12 +249,12 @@ def crowding(num_processes: int, num_cores: int, num_gpus: int) -> str:
     """Return a warning if the processes are more than this machine has cores or GPUs for."""
     if num_gpus and num_processes > num_gpus:
         return (
-            f"{num_processes} processes are more than the {_count(num_gpus, 'GPU', 'GPUs')} of "
+            f"{num_processes} processes are more than the {count_of(num_gpus, 'GPU')} of "
             "this machine, and nccl gives each process one of its own; plan with fewer stages"
         )
     if not num_gpus and num_processes > num_cores:
         return (
-            f"{num_processes} processes share {_count(num_cores, 'core', 'cores')}, so they slow "
+            f"{num_processes} processes share {count_of(num_cores, 'core')}, so they slow "
             "each other down; plan with fewer stages, or use more machines (--nodes)"
         )
     return ""
@@ -308,7 +308,3 @@ def _runs(plan: Plan, schedule: str, num_ranks: int) -> bool:
     except LoweringError:
         return False
     return True
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"

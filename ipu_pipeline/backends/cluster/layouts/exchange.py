@@ -40,7 +40,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
 )
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.files import of_file, read_text
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.yaml_text import parse_yaml
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
@@ -115,8 +115,9 @@ def _layers_recompute(plan: Plan, framework: str) -> bool:
     some = [name for name in layers if name in again]
     if some and len(some) != len(layers):
         raise PlanError(
-            f"the plan recomputes {len(some)} of {len(layers)} layers; {framework}'s settings say "
-            "all or none: set recompute of every stage to all of its layers, or to none"
+            f"the plan recomputes {len(some)} of {count_of(len(layers), 'layer')}; {framework}'s "
+            "settings say all or none: set recompute of every stage to all of its layers, or to "
+            "none"
         )
     return bool(some)
 
@@ -179,7 +180,7 @@ def _write_megatron(plan: Plan, sizes: ParallelSizes) -> Written:
     elif settings.recompute:
         parts = " ".join(settings.recompute)
         flags.append(f"--recompute-granularity selective --recompute-modules {parts}")
-    head = f"# {plan.model.model_class}, {sizes.num_devices} GPUs: dp {sizes.dp}"
+    head = f"# {plan.model.model_class}, {count_of(sizes.num_devices, 'GPU')}: dp {sizes.dp}"
     return "\n".join([head, *flags, ""]), ()
 
 

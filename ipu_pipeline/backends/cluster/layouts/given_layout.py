@@ -11,6 +11,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.errors import PartitionError, PlanError, listed
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.planner.price import best_split, make_plan, priced, workload_of
@@ -198,15 +199,15 @@ class GivenLayout:
         pp = sizes.get("pp", num_stages)
         if num_stages % pp:
             raise PlanError(
-                f"the layout has {num_stages} stages, which pp {pp} does not divide; give a pp "
-                "that does, such as the number of ranks of a pipeline"
+                f"the layout has {count_of(num_stages, 'stage')}, which pp {pp} does not divide; "
+                "give a pp that does, such as the number of ranks of a pipeline"
             )
         ranks = pp * sizes.get("tp", 1) * sizes.get("cp", 1)
         dp = sizes.get("dp", max(1, count // ranks))
         if dp * ranks > count or ("dp" not in sizes and dp * ranks != count):
             raise PlanError(
                 f"tp {sizes.get('tp', 1)} x cp {sizes.get('cp', 1)} x pp {pp} x dp {dp} are "
-                f"{dp * ranks} GPUs, {machine.name} has {count}; change one of them"
+                f"{count_of(dp * ranks, 'GPU')}, {machine.name} has {count}; change one of them"
             )
         return pp, dp
 
@@ -224,8 +225,8 @@ class GivenLayout:
             )
         if sizes.get("microbatches", number) != number:
             raise PlanError(
-                f"a global batch of {batch} is {number} microbatches on dp {dp} x micro batch "
-                f"{micro}, got {sizes['microbatches']}; leave one of them out"
+                f"a global batch of {batch} is {count_of(number, 'microbatch')} on dp {dp} x micro "
+                f"batch {micro}, got {sizes['microbatches']}; leave one of them out"
             )
         return number
 
@@ -236,8 +237,8 @@ def _devices(schedule: str, num_stages: int, pp: int, num_microbatches: int) -> 
     devices = kind.place(num_stages, pp)
     if devices is None:
         raise PlanError(
-            f"schedule {schedule} runs {kind.placement}: {num_stages} stages do not fit pp {pp}; "
-            "change pp or the schedule"
+            f"schedule {schedule} runs {kind.placement}: {count_of(num_stages, 'stage')} do not "
+            f"fit pp {pp}; change pp or the schedule"
         )
     wrong = kind.problem(PipelineShape.of(num_stages, num_microbatches, devices))
     if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import layout_of
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import sizes_of
 from ipu_pipeline.backends.cluster.prices.rank_plan import rank_step_of
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
 from ipu_pipeline.ir.text import GIGABYTES, milliseconds, render_table
@@ -25,7 +26,7 @@ def layout_text(given: Plan, ours: Plan | None, problem: str = "") -> str:
     lines = [
         f"Layout of {given.model.model_class} on {given.machine.name}: pp {sizes.pp} x vpp "
         f"{sizes.vpp}, {', '.join(parts)}, ZeRO {sizes.zero_stage}; {given.schedule}, "
-        f"{given.num_microbatches} microbatches of {given.micro_batch_size}",
+        f"{count_of(given.num_microbatches, 'microbatch')} of {given.micro_batch_size}",
         _rank_table(given),
         f"predicted step {milliseconds(given.objective_s)} ms{_rates(given)}",
         *(f"DOES NOT FIT: {text}" for text in given.misfits),

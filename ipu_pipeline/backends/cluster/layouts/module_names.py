@@ -13,6 +13,7 @@ from typing import Any
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import LayerLayout, layout_of, letters_of
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 
 MODULES = "module_fqns_per_model_part"
@@ -79,9 +80,9 @@ def _check_structure(
     strange = [fqn for fqn in others if fqn.rpartition(".")[2] not in _OWN_NAMES]
     if [role for _, role in found] != wanted or (framework != "torchtitan" and strange):
         raise PlanError(
-            f"{graph.model_class} has {number} layers and {', '.join(others)[:200]}; {framework} "
-            f"pipelines have layers and one each of {', '.join(_OWN_NAMES)}: use format megatron, "
-            "or such a model"
+            f"{graph.model_class} has {count_of(number, 'layer')} and {', '.join(others)[:200]}; "
+            f"{framework} pipelines have layers and one each of {', '.join(_OWN_NAMES)}: use "
+            "format megatron, or such a model"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ipu_pipeline.errors import LoweringError, PlanError
 from ipu_pipeline.ir.codec import from_json
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, count_of
 
 if TYPE_CHECKING:
     from ipu_pipeline.ir.graph import BlockGraph
@@ -58,8 +58,8 @@ class ParallelSizes:
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if (self.dp * self.cp * self.tp) % self.ep:
             raise ValueError(
-                f"ep {self.ep} does not divide the {self.dp * self.cp * self.tp} ranks of a stage "
-                f"(dp {self.dp} x cp {self.cp} x tp {self.tp}); use a divisor"
+                f"ep {self.ep} does not divide the {count_of(self.dp * self.cp * self.tp, 'rank')} "
+                f"of a stage (dp {self.dp} x cp {self.cp} x tp {self.tp}); use a divisor"
             )
 
     @property
@@ -238,8 +238,9 @@ def sizes_of(plan: Plan) -> ParallelSizes:
     have = len(plan.machine.devices)
     if sizes.num_devices > have:
         raise PlanError(
-            f"{plan.replicas} replicas x {pp} ranks of a pipeline x tp {sizes.tp} x cp {sizes.cp} "
-            f"need {sizes.num_devices} devices, {plan.machine.name} has {have}; lower one of them"
+            f"{count_of(plan.replicas, 'replica')} x {count_of(pp, 'rank')} of a pipeline x tp "
+            f"{sizes.tp} x cp {sizes.cp} need {count_of(sizes.num_devices, 'device')}, "
+            f"{plan.machine.name} has {have}; lower one of them"
         )
     return sizes
 

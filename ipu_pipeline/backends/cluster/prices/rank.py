@@ -29,6 +29,9 @@ from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 _HALF_BYTES, _FLOAT_BYTES = 2, 4
 # Freed blocks of torch's caching allocator that fit no other tensor, as a share of what is kept.
 _FRAGMENTS = 1.04
+# What a host does for one product of one expert, in launches: the library's call and casts; where
+# hardware scales no blocks, the largest elements, scales and transposes of operands besides.
+_PRODUCT_LAUNCHES, _SCALED_LAUNCHES = 8, 28
 _ROUTER_SIDE = 256  # products with so few columns stay in the model's precision
 
 
@@ -191,6 +194,18 @@ class RankPricer:
             passes = 2 * len(layer.products) * (2 if backward else 1)
             moved = layer.pass_bytes(backward=backward) / self.shared / max(1, passes)
             yield OpRecord("fused.passes", "vector", "bfloat16", (), 0, int(moved), passes)
+            if launches := self._group_launches(found, experts):
+                yield OpRecord("fused.launches", "vector", "bfloat16", (), 0, 0, launches)
+
+    def _group_launches(self, found: tuple[OpRecord, ...], experts: int) -> int:
+        """Launches for the products of a rank's experts, which a host makes one after another.
+
+        The GPU has just waited for it to read how many rows they get, so that nothing hides them.
+        """
+        grouped = sum(op.count for op in found if "grouped" in op.name)
+        scaled = self.engine.precision == "float8" and not self.machine.devices[0].scales_blocks
+        launches = _SCALED_LAUNCHES if scaled else _PRODUCT_LAUNCHES
+        return round(grouped * experts / self.sizes.ep * launches)
 
     def _shared(self, op: OpRecord, experts: int, *, quantized: bool) -> OpRecord:
         """Return this rank's part of an operation."""
@@ -274,13 +289,17 @@ class RankPricer:
         if rows:
             sent = _HALF_BYTES * rows * self.hidden / self.shared
             sent *= self._distinct_nodes(rows / self.tokens)
-            found += self.machine.devices[0].host_sync_s
+            found += self._host_wait_s()
             found += 2 * self.ring_s(sent, sizes.ep) * (1 - self.engine.expert_overlap)
         for op in layer.attentions if sizes.cp > 1 else ():
             moved = _HALF_BYTES * sum(map(prod, op.shapes[1:3])) / sizes.tp
             beside_s = self.roofline.seconds([self._shared(op, 1, quantized=True)])
             found += max(0.0, self.ring_s(moved, sizes.cp, sizes.tp) - beside_s)
         return found
+
+    def _host_wait_s(self) -> float:
+        """Seconds of waiting for a host that must know how many rows every expert gets."""
+        return self.machine.devices[0].host_sync_s
 
     def _distinct_nodes(self, experts: float) -> float:
         """Share of a token's copies that are sent: one for all of its experts on a node."""

@@ -25,6 +25,7 @@ from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError, PipelineError, StageError
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -134,7 +135,7 @@ def description(
     return {
         # What is decided, not what a rank that plans by itself has measured.
         "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "
-        f"microbatches of {plan.micro_batch_size}, {plan.replicas} replicas)",
+        f"microbatches of {plan.micro_batch_size}, {count_of(plan.replicas, 'replica')})",
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,
@@ -269,14 +270,14 @@ class BatchCheck:
             if self._sent is not None:
                 self._groups.waiter.run(self._sent[0].wait)
             sent = notes[(rank + 1) % self._size != 0].to(self._groups.device)
-            work = dist.isend(sent, dst=rank + 1)
+            work = dist.isend(sent, dst=rank + 1, group=self._groups.world)
             assert work is not None
             self._sent = (work, sent)
         if rank == 0:
             return
         own = notes[rank % self._size != 0].to(self._groups.device)
         theirs = torch.empty_like(own)
-        receiving = dist.irecv(theirs, src=rank - 1)
+        receiving = dist.irecv(theirs, src=rank - 1, group=self._groups.world)
         assert receiving is not None
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):

@@ -22,6 +22,7 @@ from ipu_pipeline.backends.cluster.tune.quick import Profiles, QuickSplit
 from ipu_pipeline.backends.cluster.tune.space import GpuConfiguration, GpuRequest, configurations
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage, VocabularyRows
 from ipu_pipeline.ir.rates import Rates, rates_of
@@ -313,10 +314,11 @@ class _Search:
     def _misfit(self, bounds: Mapping[GpuConfiguration, float]) -> str:
         least = min(self.profiles.of(config).state_bytes / config.sizes.pp for config in bounds)
         return (
-            f"none of {len(bounds)} configurations fits {len(self.machine.devices)} GPUs of "
-            f"{self.machine.name}: weights, gradients and optimizer state alone take at least "
-            f"{least / 1e9:.4g} GB of a GPU's {self.profiles.capacity / 1e9:.4g} GB; use more or "
-            "larger GPUs, a shorter sequence, or fix fewer of the sizes"
+            f"none of {count_of(len(bounds), 'configuration')} fits "
+            f"{count_of(len(self.machine.devices), 'GPU')} of {self.machine.name}: weights, "
+            f"gradients and optimizer state alone take at least {least / 1e9:.4g} GB of a GPU's "
+            f"{self.profiles.capacity / 1e9:.4g} GB; use more or larger GPUs, a shorter sequence, "
+            "or fix fewer of the sizes"
         )
 
 

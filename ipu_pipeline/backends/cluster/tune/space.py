@@ -11,7 +11,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, Par
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 
@@ -177,11 +177,11 @@ def _nothing(request: GpuRequest, machine: Machine) -> str:
         if getattr(request, name) is not None
     ]
     return (
-        f"no configuration uses all {len(machine.devices)} GPUs of {machine.name} for a global "
-        f"batch of {request.global_batch}{' with ' if fixed else ''}{', '.join(fixed)}: the batch "
-        "must divide by replicas x micro batch, tp (at most the GPUs of a node) divides the heads, "
-        "ep the experts, and a pipeline needs as many blocks and microbatches as stages; fix fewer "
-        "of these, or choose another batch or number of GPUs"
+        f"no configuration uses all {count_of(len(machine.devices), 'GPU')} of {machine.name} for "
+        f"a global batch of {request.global_batch}{' with ' if fixed else ''}{', '.join(fixed)}: "
+        "the batch must divide by replicas x micro batch, tp (at most the GPUs of a node) divides "
+        "the heads, ep the experts, and a pipeline needs as many blocks and microbatches as "
+        "stages; fix fewer of these, or choose another batch or number of GPUs"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import ParallelSizes
 from ipu_pipeline.backends.cluster.tune.search import GpuPoint, GpuTuneResult
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.text import render_table
 
 _COLUMNS = ("tokens/s", "step s", "MFU", "GB", "sizes", "batch", "schedule", "recompute")
@@ -18,11 +19,12 @@ def result_text(result: GpuTuneResult) -> str:
     best, request = result.best, result.request
     gap, samples = best.plan.gap, best.plan.total_batch_size / best.plan.objective_s
     proven = (
-        f"no plan of the {result.configurations} configurations is faster than "
+        f"no plan of the {count_of(result.configurations, 'configuration')} is faster than "
         f"{result.bound_s:.4g} s (gap {gap:.1%}; the splits of {result.searched} were searched)"
     )
     if gap < 1e-9:
-        proven = f"it is the fastest of all plans of the {result.configurations} configurations"
+        tried = count_of(result.configurations, "configuration")
+        proven = f"it is the fastest of all plans of the {tried}"
     parts = [
         f"{best.tokens_per_s:,.0f} tokens/s predicted ({samples:.4g} samples/s, "
         f"{best.mfu:.1%} MFU) for a global batch of {request.global_batch} on "
@@ -42,7 +44,7 @@ def front_table(result: GpuTuneResult) -> str:
 def _row(point: GpuPoint) -> tuple[str, ...]:
     sizes = point.config.sizes
     layers = sum(len(stage.recompute) for stage in point.plan.stages)
-    recomputed = [*sizes.recompute, *([f"{layers} layers"] if layers else [])]
+    recomputed = [*sizes.recompute, *([count_of(layers, "layer")] if layers else [])]
     return (
         f"{point.tokens_per_s:,.0f}",
         f"{point.plan.objective_s:.4g}",
@@ -115,7 +117,7 @@ def limits(point: GpuPoint) -> Iterator[str]:
     memory = f"memory: the fullest GPU holds {point.memory_bytes / 1e9:.1f} of {room / 1e9:.1f} GB"
     if layers:
         total = sum(block.kind == "layer" for block in point.plan.graph.blocks)
-        memory += f"; it makes {layers} of {total} layers recompute"
+        memory += f"; it makes {layers} of {count_of(total, 'layer')} recompute"
     yield memory
     rest = {name: seconds for name, seconds in found.items() if name != "compute"}
     worst = max(rest, key=lambda name: rest[name])

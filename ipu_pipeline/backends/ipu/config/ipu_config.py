@@ -16,7 +16,7 @@ from msgspec import Meta
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.codec import from_json, read_json, unknown_field
 from ipu_pipeline.ir.files import write_text
-from ipu_pipeline.ir.limits import LIMITS
+from ipu_pipeline.ir.limits import LIMITS, count_of
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
@@ -406,6 +406,7 @@ def _check_pod_size(pod_type: str | None, replicas: int, num_ipus: int) -> None:
         raise ConfigError(f"pod type {pod_type!r} is unknown; write pod4, pod8, pod16, pod64, ...")
     if match is not None and replicas * num_ipus > int(match[1]):
         raise ConfigError(
-            f"{pod_type} has {match[1]} IPUs, {replicas} replicas of {num_ipus} IPUs need "
-            f"{replicas * num_ipus}; lower replication_factor or choose a larger pod"
+            f"{pod_type} has {match[1]} IPUs, {count_of(replicas, 'replica')} of "
+            f"{count_of(num_ipus, 'IPU')} need {replicas * num_ipus}; lower replication_factor "
+            "or choose a larger pod"
         )

@@ -294,7 +294,7 @@ def serialization_factor(graph: BlockGraph, block: Block, settings: IPUSettings)
         return 1
     if part := share_of(block.name):  # the slices of its rows
         table = next(r for r in shares(graph).values() if part[1] in r)
-        return wanted * (part[1][1] - part[1][0]) // table[-1][1]
+        return max(1, wanted * (part[1][1] - part[1][0]) // table[-1][1])
     return wanted
 
 

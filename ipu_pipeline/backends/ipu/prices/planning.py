@@ -8,7 +8,7 @@ off the chip. Its split and memory proportions are searched exactly (``pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from time import monotonic
@@ -16,16 +16,20 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
+from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
 from ipu_pipeline.backends.ipu.prices.operations import may_serialize, slices_problem
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction, closest
 from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.backends.ipu.prices.spread import splits_of, spread_graphs
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.options.vocabulary_shares import shares
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots, device_groups
@@ -123,7 +127,9 @@ class IPUPlanning:
         prediction = best_prediction(best)
         if prediction is None:
             raise self.explain(machine, constraints)
-        return partition_of(prediction, best.lower_bound_s)
+        ipus = {name: stage.ipu for stage in prediction.layout.stages for name in stage.blocks}
+        settings = splits_of(self.graph, ipus, prediction.settings)
+        return partition_of(replace(prediction, settings=settings), best.lower_bound_s)
 
     def costs(self, machine: Machine) -> GraphCosts:
         """Return the price of every block alone."""
@@ -267,7 +273,8 @@ class IPUPlanning:
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield replicas and the IPU of every stage."""
         available = len(machine.devices)
-        wanted, returning = constraints.num_stages, bool(_device_groups(self.graph, constraints))
+        wanted, returning = constraints.num_stages, len(_device_groups(self.graph, constraints))
+        returning = returning if shares(self.graph) else min(returning, 1)
         replicas = constraints.replicas
         if constraints.stage_devices is not None:
             if (max(constraints.stage_devices) + 1) * replicas <= available:
@@ -277,8 +284,9 @@ class IPUPlanning:
         for ipus in range(1, most + 1):
             if wanted in (None, ipus):
                 yield replicas, tuple(range(ipus))
-            if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
-                yield replicas, (*range(ipus), 0)
+            for back in range(1, min(ipus, returning + 1)):  # shares of a table come back in turn
+                if wanted in (None, ipus, ipus + back):
+                    yield replicas, (*range(ipus), *range(back))
             if self._ties_a_decoder and wanted in (None, ipus):
                 for last in range(1, ipus - 1):
                     yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
@@ -302,8 +310,9 @@ class IPUPlanning:
         least = _least_microbatches(depth, self.graph)
         if count < least:
             return (
-                f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
-                f"for, got {count}; raise gradient accumulation or use fewer stages"
+                f"PopART needs at least {count_of(least, 'microbatch')} per step for the "
+                f"{count_of(depth, 'stage')} asked for, got {count}; raise gradient accumulation "
+                "or use fewer stages"
             )
         deep = [
             len(devices)
@@ -313,19 +322,20 @@ class IPUPlanning:
         needed = min((_least_microbatches(stages, self.graph) for stages in deep), default=least)
         if count < needed:
             return (
-                f"PopART needs at least {needed} microbatches per step for the {min(deep)} stages "
-                f"that {depth} IPUs get here, as what shares a parameter is on one IPU; it got "
-                f"{count}: raise gradient accumulation"
+                f"PopART needs at least {count_of(needed, 'microbatch')} per step for the "
+                f"{count_of(min(deep), 'stage')} that {count_of(depth, 'IPU')} get here, as what "
+                f"shares a parameter is on one IPU; it got {count}: raise gradient accumulation"
             )
         places = len(self.starts(constraints)) - 1
         if places < depth:
             return (
-                f"{depth} stages need as many blocks that a module's call begins, the model has "
-                f"{places} at the given granularity; ask for fewer stages"
+                f"{count_of(depth, 'stage')} need as many blocks that a module's call begins, the "
+                f"model has {places} at the given granularity; ask for fewer stages"
             )
         return (
-            f"no pipeline to try: {constraints.replicas} replicas, "
-            f"{constraints.num_stages or 'any number of'} stages, {len(machine.devices)} IPUs"
+            f"no pipeline to try: {count_of(constraints.replicas, 'replica')}, "
+            f"{constraints.num_stages or 'any number of'} stages, "
+            f"{count_of(len(machine.devices), 'IPU')}"
         )
 
     # ---- when nothing fits
@@ -348,6 +358,9 @@ class IPUPlanning:
                 embedding_factors=FACTORS, projection_factors=FACTORS,
             ),
         }  # fmt: skip
+        for graph in [*spread_graphs(self.graph)][-1:]:
+            chain = ChainPrices(graph, self.chain.chip)
+            remedies["spread the tables over IPUs (vocabulary 'auto')"] = replace(self, chain=chain)
         helps = [
             what
             for what, planning in remedies.items()
@@ -359,8 +372,8 @@ class IPUPlanning:
                 helps.append("leave the number of IPUs open")
         best = closest(self.pipelines(machine, constraints))
         text = (
-            f"no split fits {machine.name}: spread evenly over {best.settings.num_ipus} IPUs, "
-            f"{best.tile_text(best.fullest[1])}; "
+            f"no split fits {machine.name}: spread evenly over "
+            f"{count_of(best.settings.num_ipus, 'IPU')}, {best.tile_text(best.fullest[1])}; "
         )
         if not helps:
             return InfeasibleError(text + "use more IPUs, a smaller micro batch or sequence length")
@@ -402,10 +415,5 @@ def _least_microbatches(num_stages: int, graph: BlockGraph) -> int:
 
 
 def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
-    """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs.
-
-    What only layers share is handed to them as a value, which is copied.
-    """
-    kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
-    tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
-    return device_groups(graph, (*constraints.same_device, *tied))
+    """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs."""
+    return device_groups(graph, (*constraints.same_device, *one_ipu_groups(graph)))

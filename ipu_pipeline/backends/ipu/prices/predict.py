@@ -26,6 +26,7 @@ from ipu_pipeline.backends.ipu.prices.spread import spread_tables
 from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime, step_time
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.text import milliseconds, render_table
@@ -175,9 +176,9 @@ def predict(
         settings = IPUSettings.from_config(config, training=graph.training)
     if settings.num_ipus * settings.replicas > len(machine.devices):
         raise ConfigError(
-            f"{settings.replicas} replicas of {settings.num_ipus} IPUs need "
-            f"{settings.num_ipus * settings.replicas}, {machine.name} has {len(machine.devices)}; "
-            "lower replication_factor or choose a larger pod"
+            f"{count_of(settings.replicas, 'replica')} of {count_of(settings.num_ipus, 'IPU')} "
+            f"need {settings.num_ipus * settings.replicas}, {machine.name} has "
+            f"{len(machine.devices)}; lower replication_factor or choose a larger pod"
         )
     graph = spread_tables(graph, settings)
     return Prediction(graph, make_layout(graph, settings), settings, chip)
@@ -188,7 +189,8 @@ def _headline(prediction: Prediction) -> str:
     mode = "training" if settings.training else "inference"
     return (
         f"{prediction.samples_per_s:.1f} samples/s in {mode} on {settings.replicas} x "
-        f"{settings.num_ipus} {prediction.chip.name} ({prediction.samples_per_step} samples in "
+        f"{settings.num_ipus} {prediction.chip.name} "
+        f"({count_of(prediction.samples_per_step, 'sample')} in "
         f"{prediction.time.total_s * 1e3:.1f} ms); {'fits' if prediction.fits else 'DOES NOT FIT'}"
     )
 

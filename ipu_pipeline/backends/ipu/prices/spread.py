@@ -12,11 +12,11 @@ optimum-graphcore's ``ipu_config.json``: slices on each IPU, all of one size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.operations import slices_problem
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
@@ -31,6 +31,8 @@ from ipu_pipeline.planner.options.vocabulary_shares import (
     shares,
 )
 
+SHARES = (2, 4)  # of a table, where the planner chooses
+
 
 def spread_tables(graph: BlockGraph, settings: IPUSettings) -> BlockGraph:
     """Return ``graph`` with the tables spread that ``settings`` spread; those that are, stay.
@@ -43,7 +45,7 @@ def spread_tables(graph: BlockGraph, settings: IPUSettings) -> BlockGraph:
     for parameter, splits in _splits(graph, settings).items():
         if parameter in made:
             ranges = _ranges(splits, made[parameter][-1][1])
-            if ranges != made[parameter]:
+            if not {end for _, end in ranges} <= {end for _, end in made[parameter]}:
                 raise ConfigError(
                     f"{parameter!r} is spread in rows {_text(made[parameter])}, and its splits "
                     f"{list(splits)} ask for {_text(ranges)}; training and inference read the same "
@@ -64,49 +66,53 @@ def share_ipus(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
     """Return the IPU of every block that has a share of a table which ``settings`` spread."""
     made, found = shares(graph), {}
     for parameter, splits in _splits(graph, settings).items():
-        ipus = [ipu for ipu, count in enumerate(splits) if count]
-        for (first, end), ipu in zip(made.get(parameter, ()), ipus, strict=False):
-            spec = graph.parameter_by_fqn[rows_name(parameter, first, end)]
+        parts = made.get(parameter, ())
+        ends = (
+            [*accumulate(count * parts[-1][1] // sum(splits) for count in splits)] if parts else []
+        )
+        for span in parts:
+            ipu = next(ipu for ipu, end in enumerate(ends) if span[1] <= end)
+            spec = graph.parameter_by_fqn[rows_name(parameter, *span)]
             found.update(dict.fromkeys(spec.blocks, ipu))
     return found
 
 
-def splits_of(graph: BlockGraph, ipus: Mapping[str, int], num_ipus: int) -> dict[str, Any]:
-    """Return the fields of :class:`IPUSettings` that say where a graph's shares are.
+def splits_of(graph: BlockGraph, ipus: Mapping[str, int], settings: IPUSettings) -> IPUSettings:
+    """Return ``settings`` that say where the shares of ``graph`` are, all of one number of rows.
 
     Args:
-        graph: With shares of one number of rows.
+        graph: A graph of :func:`spread_graphs`, or one without shares.
         ipus: IPU by block.
-        num_ipus: IPUs of a replica.
+        settings: The run.
     """
-    found: dict[str, Any] = {}
     for parameter, ranges in shares(graph).items():
-        counts = [0] * num_ipus
-        names: set[str] = set()
-        for first, end in ranges:
-            blocks = graph.parameter_by_fqn[rows_name(parameter, first, end)].blocks
-            counts[ipus[blocks[0]]] += 1
-            names.update(blocks)
-        for name in names:
-            what = "embedding" if graph[name].kind == "embedding" else "projection"
-            found[f"{what}_splits"] = tuple(counts)
-            found[f"{what}_factor"] = len(ranges)
-    return found
+        users = [graph.parameter_by_fqn[rows_name(parameter, *span)].blocks for span in ranges]
+        lookup = any(graph[name].kind == "embedding" for name in users[0])
+        what = "embedding" if lookup else "projection"
+        slices = max(len(ranges), getattr(settings, f"{what}_factor"))
+        counts = [0] * settings.num_ipus
+        for names in users:
+            counts[ipus[names[0]]] += slices // len(ranges)
+        found = {f"{what}_splits": tuple(counts), f"{what}_factor": slices}
+        settings = replace(settings, **found)
+    return settings
 
 
-def spreadable(graph: BlockGraph) -> list[tuple[str, int]]:
-    """Return the large tables that can be spread, and their rows."""
-    found = {}
-    for block in graph.blocks:
+def spread_graphs(graph: BlockGraph) -> Iterator[BlockGraph]:
+    """Yield ``graph`` with its large tables in 2 and in 4 shares, those that so many divide."""
+    tables = {}
+    for block in graph.blocks if not shares(graph) else ():
         table = table_of(graph, block)
-        if table and table.is_large and block.kind in ("embedding", "head", "other"):
-            found[table.parameter] = table.rows
-    users = {fqn: graph.parameter_by_fqn[fqn].blocks for fqn in found}
-    return [
-        (fqn, rows)
-        for fqn, rows in found.items()
-        if all((t := table_of(graph, graph[n])) and t.parameter == fqn for n in users[fqn])
-    ]
+        if table is not None and table.is_large and block.kind in ("embedding", "head", "other"):
+            tables[table.parameter] = table.rows
+    for count in SHARES:
+        found = graph
+        for parameter, rows in tables.items():
+            if rows % count == 0:
+                with suppress(ConfigError):  # used as something else, too
+                    found = spread_rows(found, parameter, _ranges((1,) * count, rows))
+        if found is not graph:
+            yield found
 
 
 def _splits(graph: BlockGraph, settings: IPUSettings) -> dict[str, tuple[int, ...]]:

@@ -240,7 +240,7 @@ class _Turns:
 
 
 class _SharedParameters:
-    """Parameters handed to blocks as arguments become plain values, once per forward pass.
+    """Parameters and buffers handed to blocks as arguments become values, once per forward pass.
 
     PopART copies values between IPUs, but no variables. The first block that is given one makes the
     value, on the IPU of the block before it; later blocks are given the same value.
@@ -249,6 +249,7 @@ class _SharedParameters:
     def __init__(self, model: nn.Module) -> None:
         self._values: dict[int, Tensor] = {}
         self._model = model
+        self._buffers: frozenset[int] = frozenset()
         self._cleared = False
 
     def watch(self, module: nn.Module) -> list[Any]:
@@ -261,9 +262,13 @@ class _SharedParameters:
 
     def _clear(self, _module: nn.Module, _args: Any) -> None:
         self._values = {}
+        self._buffers = frozenset(id(buffer) for buffer in self._model.buffers())
+
+    def _is_variable(self, item: Any) -> bool:
+        return isinstance(item, nn.Parameter) or id(item) in self._buffers
 
     def _value(self, item: Any) -> Any:
-        if not isinstance(item, nn.Parameter):
+        if not self._is_variable(item):
             return item
         if id(item) not in self._values:
             self._values[id(item)] = item + 0
@@ -272,7 +277,7 @@ class _SharedParameters:
     def _replace(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not any(isinstance(a, nn.Parameter) for a in [*args, *kwargs.values()]):
+        if not any(map(self._is_variable, [*args, *kwargs.values()])):
             return None
         return (
             tuple(self._value(a) for a in args),

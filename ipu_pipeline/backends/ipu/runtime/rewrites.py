@@ -159,7 +159,8 @@ def _to(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
     other = next((v for v in given if isinstance(v, Tensor)), None)
     if other is not None:
         dtype = other.dtype
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    same = dtype is None or (isinstance(args[0], Tensor) and dtype == args[0].dtype)
+    changes: dict[str, Any] = {} if same else {"dtype": dtype}
     if kwargs.get("copy"):
         changes["copy"] = True
     return mode.call(func, args[:1], changes) if changes else args[0]

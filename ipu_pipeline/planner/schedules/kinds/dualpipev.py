@@ -12,6 +12,7 @@ order is that of ``torch.distributed.pipelining.ScheduleDualPipeV``.
 
 from __future__ import annotations
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind, in_a_v
 from ipu_pipeline.planner.schedules.kinds.zbv import v_weights
@@ -68,8 +69,8 @@ def _too_few(shape: PipelineShape) -> str:
         return ""
     return (
         f"schedule dualpipev needs at least as many microbatches as stages, got "
-        f"{shape.num_microbatches} microbatches and {shape.num_stages} stages; use more "
-        "microbatches, or zbv"
+        f"{count_of(shape.num_microbatches, 'microbatch')} and "
+        f"{count_of(shape.num_stages, 'stage')}; use more microbatches, or zbv"
     )
 
 

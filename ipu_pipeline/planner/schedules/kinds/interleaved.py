@@ -12,6 +12,7 @@ Source: Narayanan et al., Megatron-LM, SC 2021, section 2.2.2. The larger groups
 
 from __future__ import annotations
 
+from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind, in_loops
 from ipu_pipeline.planner.schedules.objective import Objective
@@ -63,8 +64,8 @@ def uneven_groups(name: str, shape: PipelineShape) -> str:
         return ""
     return (
         f"schedule {name} sends microbatches round in {groups} equal groups of at least "
-        f"{shape.num_devices}: {shape.num_microbatches} microbatches do not divide; use a "
-        f"multiple of {shape.num_devices}"
+        f"{shape.num_devices}: {count_of(shape.num_microbatches, 'microbatch')} do not divide; use "
+        f"a multiple of {shape.num_devices}"
     )
 
 

@@ -88,7 +88,7 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
         (["none.json", "a.py"], "error: cannot read the plan none.json"),
         (["a.py", "a.py"], "error: cannot read the plan a.py"),
         (["plan.json", "none.py"], "none.py; give launch's own options before --"),
-        (["plan.json", "--processes", "1", "a.py"], "2 stages do not fit 1 processes"),
+        (["plan.json", "--processes", "1", "a.py"], "2 stages do not fit 1 process"),
         (["plan.json", "--nodes", "2", "a.py"], "error: launch starts processes on this machine"),
         (
             ["plan.json", "--machine", "pod16", "--print", "a.py"],

@@ -65,7 +65,7 @@ def test_only_processes_that_the_schedule_can_run_are_chosen(make_plan) -> None:
         ("1f1b", 4, "1f1b runs one stage per process: 6 stages do not fit 4 processes"),
         ("zbv", 6, "zbv runs exactly 2 stages per process, which they visit in a V: 6 stages do"),
         ("looped_bfs", 4, "6 stages do not fit 4 processes"),
-        ("looped_bfs", 12, "12 processes are more than the plan's 6 stages x 1 replicas"),
+        ("looped_bfs", 12, "12 processes are more than the plan's 6 stages x 1 replica"),
     ],
 )
 def test_processes_that_do_not_fit_are_refused(

@@ -62,7 +62,7 @@ def test_what_is_exported_is_imported_as_the_same_stages(name: str, tmp_path: Pa
 
 def test_megatron_loads_its_layout() -> None:
     real = pytest.importorskip(
-        "megatron.core.transformer.pipeline_parallel_megatron_layout", reason=ABSENT
+        "megatron.core.transformer.pipeline_parallel_layer_layout", reason=ABSENT
     )
     plan = planned("Et*2|t*2|t*2|mL", pp=2)
     words = shlex.split(export_plan(plan, "megatron")[0], comments=True)
@@ -71,7 +71,7 @@ def test_megatron_loads_its_layout() -> None:
     layout = real.PipelineParallelLayerLayout.from_str(
         flags["--pipeline-model-parallel-layout"], int(flags["--pipeline-model-parallel-size"])
     )
-    layout.validate_megatron_layout(num_layers=6, mtp_num_layers=int(flags["--mtp-num-layers"]))
+    layout.validate_layer_layout(num_layers=6, mtp_num_layers=int(flags["--mtp-num-layers"]))
     counts = [[[one.name for one in part].count("decoder") for part in row]
               for row in layout.layout]  # fmt: skip
     assert counts == [[2, 2], [2, 0]]

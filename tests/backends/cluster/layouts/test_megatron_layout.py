@@ -60,7 +60,7 @@ def test_what_is_written_is_read_back(stages: list[str]) -> None:
 @given(st.text("EtmL|()**23,0", max_size=12))
 def test_megatron_reads_the_same(text: str) -> None:
     real = pytest.importorskip(
-        "megatron.core.transformer.pipeline_parallel_megatron_layout", reason=ABSENT
+        "megatron.core.transformer.pipeline_parallel_layer_layout", reason=ABSENT
     )
     letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
     try:

@@ -110,6 +110,21 @@ def test_experts_are_shared_by_expert_parallel_ranks(mixture: BlockGraph) -> Non
     assert kept == pytest.approx(2 * inner + norms_and_rows, rel=0.02)
 
 
+def test_every_expert_of_a_rank_has_launches_of_its_own(mixture: BlockGraph) -> None:
+    fp8 = RankEngine(fused=True, precision="float8")
+
+    def launched(machine: str, ep: int, engine: RankEngine) -> int:
+        pricer = RankPricer(mixture, machine_by_name(machine), ParallelSizes(dp=8, ep=ep), engine)
+        found = pricer._operations(layer(mixture), backward=False)
+        return sum(op.count for op in found if op.name == "fused.launches")
+
+    # Two products of eight experts; blocks without scales in hardware take more for each.
+    assert launched("h100-x8", 1, RankEngine(fused=True)) == 2 * 8 * 8
+    assert launched("b200-x8", 4, fp8) == 2 * 2 * 8
+    assert launched("h100-x8", 4, fp8) == 2 * 2 * 28
+    assert launched("h100-x8", 4, RankEngine()) == 0
+
+
 def test_recomputation_trades_bytes_for_seconds(gpt: BlockGraph, mixture: BlockGraph) -> None:
     plain = rank(gpt).block(layer(gpt))
     full = rank(gpt, recompute=("full",)).block(layer(gpt))

@@ -245,7 +245,7 @@ def test_wrong_pod_types() -> None:
     config = IPUConfig.from_dict(GPT2_MEDIUM)
     with pytest.raises(ConfigError, match="pod type 'rack' is unknown; write pod4"):
         config.for_pod("rack")
-    with pytest.raises(ConfigError, match="pod4 has 4 IPUs, 1 replicas of 8 IPUs need 8"):
+    with pytest.raises(ConfigError, match="pod4 has 4 IPUs, 1 replica of 8 IPUs need 8"):
         config.for_pod("pod4")
     no_default = IPUConfig(replication_factor={"pod16": 2})
     with pytest.raises(ConfigError, match="has no entry for 'pod8'; it has pod16"):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ipu_pipeline.backends.ipu.prices import IPUSettings, chip_named
-from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout, one_ipu_groups
 from ipu_pipeline.errors import ConfigError
+from ipu_pipeline.ir.graph import ParameterSpec
 from tests.backends.ipu.prices.ipu_graphs import VOCAB, layered
 
 CHIP = chip_named("ipu-gc200")
@@ -75,3 +78,18 @@ def test_a_tied_table_is_held_once() -> None:
     graph, settings = layered(2), _settings(0, 1, 1)
     held = PlacedProgram(graph, make_layout(graph, settings), settings, CHIP).held
     assert held == ({"wte": VOCAB * 256}, {"layer.0.weight": 256**2}, {"layer.1.weight": 256**2})
+
+
+def test_a_module_that_layers_hold_is_on_one_ipu() -> None:
+    graph = layered(2, tied=False)
+
+    def shared(fqn: str, *aliases: str) -> tuple[tuple[str, ...], ...]:
+        one = ParameterSpec(fqn, (4,), "float32", aliases=aliases, blocks=("layer.0", "layer.1"))
+        return one_ipu_groups(replace(graph, parameters=(*graph.parameters, one)))
+
+    assert shared("layer.0.both.weight", "layer.1.both.weight") == (("layer.0", "layer.1"),)
+    assert shared("relative.weight") == ()  # handed to the layers as a value
+    assert one_ipu_groups(layered(2)) == (("wte", "head"),)
+    # embedding and head in the glue of layers
+    layers = tuple(replace(block, kind="layer") for block in layered(2).blocks)
+    assert one_ipu_groups(replace(layered(2), blocks=layers)) == (("wte", "head"),)

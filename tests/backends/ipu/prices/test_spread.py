@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.prices import predict
 from ipu_pipeline.backends.ipu.prices.chip import chip_named
 from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import ipu_memory
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.spread import spread_tables
 from ipu_pipeline.backends.ipu.prices.timing import stage_times
+from ipu_pipeline.backends.ipu.settings import ipu_config_of_plan
+from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.search.infeasible import InfeasibleError
 from tests.backends.ipu.prices.ipu_graphs import VOCAB, layered
 
 HIDDEN, TOKENS = 256, 4 * 128
@@ -97,3 +104,27 @@ def test_other_shares_than_those_of_the_graph() -> None:
         spread_tables(found, _run(embedding_splits=(1, 3, 0)))
     # evaluation may have all of them on one IPU
     assert spread_tables(found, _run()) is found
+
+
+def _planned(vocabulary: str | None) -> Plan:
+    config = transformers.GPT2Config(vocab_size=131072, n_embd=768, n_layer=1, n_positions=32)
+    model, batch = from_config(config, "causal-lm", batch_size=1, seq_length=32)
+    return ipp.plan(
+        model, batch, machine="pod4", num_stages=4, microbatches=16, vocabulary=vocabulary
+    )
+
+
+def test_the_planner_spreads_a_table_that_no_ipu_holds() -> None:
+    plan = _planned("auto")
+    held = [stage for stage in plan.stages if any("wte[" in name for name in stage.blocks)]
+    assert len({stage.device for stage in held}) > 1
+    # what is written says it, and its price is the plan's
+    found = ipu_config_of_plan(plan)
+    assert sum(found.serialized_embedding_splits_per_ipu) in (2, 4, 8)
+    assert predict(plan.graph, found, plan.machine).time.total_s == plan.objective_s
+
+
+@pytest.mark.acceptance
+def test_what_does_not_fit_is_said_to_fit_spread() -> None:
+    with pytest.raises(InfeasibleError, match="spread the tables over IPUs"):
+        _planned(None)

@@ -50,3 +50,25 @@ def test_another_gradient_is_refused_in_training_only() -> None:
     with pytest.raises(StaticGraphError, match="StraightThrough computes a gradient of its own"):
         rehearsed(model.train(), batch())
     rehearsed(model.eval(), batch())
+
+
+def test_a_function_of_whole_numbers_has_no_gradient() -> None:
+    """Torch's own indexing of masks is one, applied under vmap."""
+
+    class Next(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x + 1
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            """Keep nothing."""
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            """Have none."""
+
+    with gradients_checked():
+        assert torch.vmap(Next.apply)(torch.arange(2)).tolist() == [1, 2]

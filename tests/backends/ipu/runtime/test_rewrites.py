@@ -242,3 +242,17 @@ def test_ctc_takes_padded_rows_of_labels() -> None:
     torch.testing.assert_close(run(program, model, inputs), model(**inputs))
     inputs["labels"] = torch.tensor([[3, -100, -100], [1, 2, 1]])
     torch.testing.assert_close(run(program, model, inputs), model(**inputs))
+
+
+def test_a_buffer_that_has_the_type_stays_itself() -> None:
+    """Some models assign ``self.table = self.table.to(...)``, which poptorch refuses of another."""
+
+    def body(m: Any, x: Tensor, **_: Tensor) -> Tensor:
+        m.table = m.table.to(x.device, x.dtype)
+        return x @ m.table[:4]
+
+    model, inputs = Toy(body), batch()
+    table = model.table
+    found = run(rehearsed(model, inputs), model, inputs)
+    assert model.table is table
+    torch.testing.assert_close(found, inputs["x"] @ table[:4])

@@ -244,6 +244,42 @@ def test_checkpoints_keep_the_structure_of_outputs(poptorch: Any) -> None:
     assert not model.first._forward_hooks
 
 
+class _Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x * self.weight + table
+
+
+class _Given(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _Adds(), _Adds()
+        self.register_buffer("table", torch.arange(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x, self.table), self.table)
+
+
+def test_a_buffer_that_is_handed_to_two_ipus_is_a_value(poptorch: Any) -> None:
+    model = _Given()
+    entry = {"again": False, "checkpoint": False, "serialize": 1}
+    entries = [
+        {**entry, "block": name, "module": name, "stage": i, "ipu": i}
+        for i, name in enumerate(("first", "second"))
+    ]
+    placement = Placement(model, entries, {}, poptorch)
+    options = poptorch.Options()
+    options.deviceIterations(2)
+    options.setExecutionStrategy(placement.strategy())
+    executor = poptorch.inferenceModel(model, options)
+    assert executor(torch.ones(2, 2)).tolist() == [[1, 3], [1, 3]]
+    executor.destroy()
+    placement.undo()
+
+
 def test_one_module_per_stage_of_both_strategies(poptorch: Any) -> None:
     made = case()
     entries = [
