@@ -92,7 +92,7 @@ def test_what_constraints_say_is_kept_where_no_argument_says_otherwise() -> None
 def test_stages_that_contradict_the_configuration_are_refused() -> None:
     model, batch = TINY["bert-qa"].build()
     for layers in ((2, 2), (4,)):
-        message = f"num_stages is 3, but the IPU configuration has {len(layers)} IPUs"
+        message = f"num_stages is 3, but the IPU configuration has {len(layers)} IPU"
         with pytest.raises(ValueError, match=message):
             ipp.plan(
                 model, batch, machine="pod4", num_stages=3, config=IPUConfig(layers_per_ipu=layers)

@@ -56,6 +56,22 @@ def _sounds() -> Any:
     return transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False)
 
 
+def _heard() -> nn.Module:
+    torch.manual_seed(0)
+    few = {"layers": 2, "attention_heads": 2, "ffn_dim": 16}
+    sizes = {f"{p}_{name}": size for p in ("encoder", "decoder") for name, size in few.items()}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    config = transformers.Speech2TextConfig(
+        vocab_size=len(WORDS),
+        d_model=16,
+        conv_channels=16,
+        input_feat_per_channel=8,
+        **ids,
+        **sizes,
+    )
+    return transformers.Speech2TextForConditionalGeneration(config).eval()
+
+
 IDS = {"input_ids": torch.randint(6, 90, (2, 8))}
 WAVES = {"input_values": torch.randn(2, 2000)}
 CASES: dict[str, Any] = {
@@ -75,6 +91,10 @@ CASES: dict[str, Any] = {
         _speech("SequenceClassification"), WAVES, SOUND, {"feature_extractor": _sounds()}),
     "automatic-speech-recognition": lambda: (
         _speech("CTC"), WAVES, SOUND, {"feature_extractor": _sounds()}),
+    "automatic-speech-recognition of a seq2seq model": lambda: (
+        _heard(), {"input_features": torch.randn(2, 9, 8), "decoder_input_ids": IDS["input_ids"]},
+        SOUND, {"generate_kwargs": {"max_new_tokens": 4}, "feature_extractor":
+                transformers.Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8)}),
 }  # fmt: skip
 
 
@@ -83,17 +103,24 @@ def _images() -> Any:
     return transformers.ViTImageProcessor(size={"height": size, "width": size})
 
 
-@pytest.mark.parametrize("task", CASES)
-def test_it_gives_what_the_model_gives(task: str) -> None:
-    model, example, inputs, options = CASES[task]()
-    plan = ipp.plan(model, example, num_stages=2, microbatches=1)
+def served(case: str, **more: Any) -> list[Any]:
+    """Return what the pipelines of a case give: ours, and that of the model alone."""
+    model, example, inputs, options = CASES[case]()
+    task = case.partition(" ")[0]
+    plan = ipp.plan(model, example, num_stages=2, microbatches=2)
     given = {"tokenizer": _tokenizer(), **options}
-    calls = {k: given.pop(k) for k in ("candidate_labels", "max_new_tokens", "do_sample")
-             if k in given}  # fmt: skip
+    names = ("candidate_labels", "max_new_tokens", "do_sample", "generate_kwargs")
+    calls = {k: given.pop(k) for k in names if k in given}
     alone = transformers.pipeline(task, model=model, **given)
-    ours = ipp.pipeline(task, model, plan, **given)
+    expected = alone(inputs, **calls)
+    ours = ipp.pipeline(task, model, plan, **more, **given)
     assert type(ours) is type(alone)
-    _assert_same(ours(inputs, **calls), alone(inputs, **calls))
+    return [ours(inputs, **calls), expected]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_gives_what_the_model_gives(case: str) -> None:
+    assert_same(*served(case))
 
 
 def test_an_executable_serves_while_it_trains() -> None:
@@ -108,18 +135,18 @@ def test_an_executable_serves_while_it_trains() -> None:
         alone = transformers.pipeline(
             "text-generation", model=model, tokenizer=_tokenizer(), do_sample=False
         )
-        _assert_same(found, alone("w1 w2", max_new_tokens=5))
+        assert_same(found, alone("w1 w2", max_new_tokens=5))
 
 
-def _assert_same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any) -> None:
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
-            _assert_same(found[key], expected[key])
+            assert_same(found[key], expected[key])
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
-            _assert_same(one, other)
+            assert_same(one, other)
     elif isinstance(expected, float | np.ndarray | np.floating | torch.Tensor):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     else:

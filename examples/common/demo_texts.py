@@ -1,18 +1,19 @@
 """Demo texts of which one follows from another: reviews and claims, summaries, translations.
 
-In the validation files, half of the words of reviews never occur in training, and no pair of nouns
-of translations does.
+In the validation files, half of the words of English reviews never occur in training, and no pair
+of nouns of translations does.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 UNSEEN_SHARE = 0.5  # how often a word of the validation file is one that training never has
+NEUTRAL_SHARE = 0.33  # of the claims about something else
 ABSENT_SHARE = 0.2  # of the questions about something that a review does not mention
 
 
@@ -25,10 +26,7 @@ def _read(name: str) -> Mapping[str, Any]:
 TEXT = _read("demo_text.json")
 GERMAN = _read("demo_german.json")
 REVIEWS = {"en": TEXT["reviews"], "de": GERMAN["reviews"]}
-_CLAIMS = {
-    "en": ("The {aspect} was {word}.", "The {aspect} was not {word}."),
-    "de": ("{aspect} war {word}.", "{aspect} war nicht {word}."),
-}
+_CLAIMS = {"en": "The {aspect} was good.", "de": "{aspect} war gut."}
 
 
 class Reviewer:
@@ -50,23 +48,31 @@ class Reviewer:
         found: str = self.rng.choice(self.words[f"held_out_{kind}" if unseen else kind])
         return found
 
+    def clause(self, known: Container[str] = ()) -> tuple[str, str, bool]:
+        """Return what is said of one thing, the thing, and whether it was liked.
+
+        Nothing is said of a thing that is known.
+        """
+        rng, aspect = self.rng, self.draw("aspects")
+        if aspect in known:
+            return "", aspect, False
+        liked, negated = rng.random() < 0.5, rng.random() < 0.25
+        word = self.draw("positive" if liked != negated else "negative")
+        template = rng.choice(self.words["negations"]) if negated else self.draw("clauses")
+        return template.format(aspect=aspect, word=word), aspect, liked
+
     def review(self) -> tuple[str, dict[str, str]]:
         """Return a review of two or three things, and of each ``positive`` or ``negative``."""
-        rng = self.rng
         verdicts: dict[str, str] = {}
         clauses = []
-        for _ in range(rng.choice((2, 3))):
-            aspect = self.draw("aspects")
-            if aspect in verdicts:
-                continue
-            liked, negated = rng.random() < 0.5, rng.random() < 0.25
-            word = self.draw("positive" if liked != negated else "negative")
-            template = rng.choice(self.words["negations"]) if negated else self.draw("clauses")
-            clauses.append(template.format(aspect=aspect, word=word))
-            verdicts[aspect] = "positive" if liked else "negative"
+        for _ in range(self.rng.choice((2, 3))):
+            clause, aspect, liked = self.clause(verdicts)
+            if clause:
+                clauses.append(clause)
+                verdicts[aspect] = "positive" if liked else "negative"
         text = clauses[0]
         for clause in clauses[1:]:
-            text += rng.choice(self.words["links"]) + clause
+            text += self.rng.choice(self.words["links"]) + clause
         return text[0].upper() + text[1:] + ".", verdicts
 
     def asked(self, verdicts: Mapping[str, str]) -> str:
@@ -85,25 +91,28 @@ def make_review(rng: Random, split: str) -> dict[str, Any]:
     return {"sentence1": text, "sentence2": f"The {asked}", "label": label}
 
 
-def make_claim(rng: Random, split: str, language: str = "en") -> dict[str, Any]:
-    """Return a review, a claim about one thing, and what the review says of the claim."""
-    reviewer = Reviewer(rng, split, language)
-    premise, verdicts = reviewer.review()
-    asked = reviewer.asked(verdicts)
-    liked, negated = rng.random() < 0.5, rng.random() < 0.25
-    word = reviewer.draw("positive" if liked != negated else "negative")
-    claim = _CLAIMS[language][negated].format(aspect=asked, word=word)
-    label = "neutral"
-    if asked in verdicts:
-        same = (verdicts[asked] == "positive") == liked
-        label = "entailment" if same else "contradiction"
-    return {"premise": premise, "hypothesis": claim[0].upper() + claim[1:], "label": label}
+def make_sentiment(rng: Random, split: str) -> dict[str, Any]:
+    """Return what a review says of one thing, and whether it was liked."""
+    clause, _, liked = Reviewer(rng, split).clause()
+    label = "positive" if liked else "negative"
+    return {"sentence": clause[0].upper() + clause[1:] + ".", "label": label}
 
 
-def make_claim_of_languages(rng: Random, split: str) -> dict[str, Any]:
-    """Return the same in English or in German, and which."""
-    language = rng.choice(("en", "de"))
-    return {"language": language, **make_claim(rng, split, language)}
+def make_claim(rng: Random, split: str) -> dict[str, Any]:
+    """Return what a review says, in English or German, a claim, and whether it follows."""
+    del split  # other reviews of the same words: few models know others in both languages
+    language = rng.choice(list(_CLAIMS))
+    reviewer = Reviewer(rng, "train", language)
+    clause, aspect, liked = reviewer.clause()
+    asked = reviewer.draw("aspects") if rng.random() < NEUTRAL_SHARE else aspect
+    verdict = "entailment" if liked else "contradiction"
+    premise, claim = (clause, _CLAIMS[language].format(aspect=asked))
+    return {
+        "language": language,
+        "premise": premise[0].upper() + premise[1:] + ".",
+        "hypothesis": claim[0].upper() + claim[1:],
+        "label": verdict if asked == aspect else "neutral",
+    }
 
 
 def make_summary(rng: Random, split: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import typer
 from demo_texts import (
     TEXT,
     make_claim,
-    make_claim_of_languages,
     make_review,
+    make_sentiment,
     make_summary,
     make_translation,
 )
@@ -147,8 +147,8 @@ DEMOS = {
     "classification": Demo(make_review, as_csv, "csv", 3000),
     "ner": Demo(make_entities, as_jsonl, "jsonl", 2000),
     "swag": Demo(make_choice, as_csv, "csv", 400),
-    "nli": Demo(make_claim, as_csv, "csv", 3000),
-    "xnli": Demo(make_claim_of_languages, as_csv, "csv", 6000),
+    "sst2": Demo(make_sentiment, as_csv, "csv", 2000),
+    "xnli": Demo(make_claim, as_csv, "csv", 6000, vocabulary=1000),
     "mlm": Demo(make_story, as_lines, "txt", 1500),
     "clm": Demo(make_story, as_lines, "txt", 1500, vocabulary=1000),
     "summarization": Demo(make_summary, as_jsonl, "jsonl", 4000, vocabulary=1000),

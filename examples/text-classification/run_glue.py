@@ -1,8 +1,8 @@
 r"""Fine-tune a Transformers model on a task of GLUE, split over pipeline stages.
 
     python examples/text-classification/run_glue.py --model_name_or_path minilm \
-        --num_stages 2 --task_name mnli --train_file out/demo_nli/train.csv \
-        --validation_file out/demo_nli/validation.csv --do_train --do_eval --output_dir out/glue
+        --num_stages 2 --task_name sst2 --train_file out/demo_sst2/train.csv \
+        --validation_file out/demo_sst2/validation.csv --do_train --do_eval --output_dir out/glue
 
 Without files the task is read from the hub. Options are spelled as in transformers' own
 run_glue.py; ``--help`` lists them.

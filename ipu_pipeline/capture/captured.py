@@ -314,8 +314,9 @@ def capture(
     reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
         raise CaptureError(
-            f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
-            "labels to the batch so that the loss is part of the graph, or call model.eval()"
+            f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}): forward "
+            "has to return it as 'loss', alone, or first in a tuple; add the labels to the batch "
+            "if it needs them, or call model.eval() for a plan of inference"
         )
     captured = _built(model, recorded, batch, granularity, training=training)
     if not self_check or on_meta:

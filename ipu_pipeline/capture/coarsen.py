@@ -5,7 +5,7 @@
 - A leaf that starts a block opens one; every other node joins the latest block that it depends
   on, by value or by the order of in-place writes.
 - Nodes that nothing needs are dropped; guards, writes to buffers and hooks on gradients are kept.
-- Loss functions and what follows them in the last block form the block ``loss``.
+- Loss functions, ``logsumexp`` and what follows them in the last block form the block ``loss``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss
@@ -205,6 +206,8 @@ def _assign(
 def _is_loss(node: fx.Node, trace: Trace) -> bool:
     if node.op == "call_module":
         return isinstance(trace.attributes[str(node.target)], _Loss)
+    if node.target in ("logsumexp", torch.logsumexp):  # a z-loss reads the logits as a loss does
+        return True
     return node.op == "call_function" and node.target in _LOSS_FUNCTIONS
 
 

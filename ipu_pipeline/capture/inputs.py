@@ -22,8 +22,14 @@ def ready_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     The number of its items becomes a tensor, too: another number is not another capture.
 
     Raises:
-        CaptureError: An input can be neither cut nor compared; it is named.
+        CaptureError: The batch is no mapping, or an input can be neither cut nor compared; it is
+            named.
     """
+    if not isinstance(batch, Mapping):
+        raise CaptureError(
+            f"the example batch is a {type(batch).__name__}; pass a dict of the model's keyword "
+            "arguments, such as {'input_ids': ..., 'labels': ...}"
+        )
     if not batch:
         raise CaptureError("the example batch is empty; pass the model's keyword arguments")
     return {name: _ready(name, value) for name, value in batch.items()}

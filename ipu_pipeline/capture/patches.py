@@ -255,7 +255,7 @@ def preserved_state(
         with torch.no_grad():
             for tensor, memory, value in tensors:
                 tensor.data = memory
-                tensor.copy_(value)
+                tensor.data.copy_(value)  # its version stays: nothing is new
         places.restore()
         for config, attributes in configs:
             if vars(config) != attributes:

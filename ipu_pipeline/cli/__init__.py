@@ -139,7 +139,9 @@ NumStages = Annotated[
 Microbatches = Annotated[
     int | None,
     counted(
-        "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
+        "--microbatches",
+        "num_microbatches",
+        "Per step of a replica, or of all if searched; default: the config's, or at least 8.",
     ),
 ]
 Replicas = Annotated[

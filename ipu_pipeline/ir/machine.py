@@ -248,7 +248,7 @@ class Machine:
         """Build a machine from plain JSON data.
 
         Instead of ``devices`` there may be one ``device`` and a ``count``: so many of it, called
-        by its name and a number.
+        by its name and a number. Its ``kernels`` may be the name of a generation (``hopper``).
 
         Raises:
             PlanError: A field is missing, unknown or out of range.
@@ -280,5 +280,10 @@ def _replicated(raw: Mapping[str, Any], source: str) -> list[Device]:
     check_count(name, raw.get("count"), "num_devices", error=PlanError)
     if "devices" in raw:
         raise PlanError(f"{source}: it has device and devices; give one of them")
-    one = from_json(Device, raw["device"], f"{source}, device", PlanError)
+    device = raw["device"]
+    if isinstance(device, Mapping) and isinstance(kernels := device.get("kernels"), str):
+        from ipu_pipeline.ir.machines import kernel_rates
+
+        device = {**device, "kernels": to_json(kernel_rates(kernels))}
+    one = from_json(Device, device, f"{source}, device", PlanError)
     return [replace(one, name=f"{one.name}{index}") for index in range(raw["count"])]

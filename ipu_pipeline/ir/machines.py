@@ -55,11 +55,12 @@ def machine_by_name(name: str) -> Machine:
         return Machine.load(described[name])
     if Path(name).is_file():
         return Machine.load(name)
-    known = [family["name"] for family in _facts().values()]
-    families = [name.replace("{count}", str(count)) for name in known for count in (4, 16)]
+    if name == "local":
+        raise PlanError("this machine, 'local', is for plan only; name another one")
+    families = [family["name"].replace("{count}", "N") for family in _facts().values()]
     raise PlanError(
-        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}) nor a "
-        "machine file; this machine, 'local', is for plan only"
+        f"machine {name!r} is neither known ({', '.join([*families, *described])}; N is the number "
+        "of devices) nor a machine file"
     )
 
 

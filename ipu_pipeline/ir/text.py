@@ -112,13 +112,24 @@ def explain_plan(plan: Plan) -> str:
         f"Plan for {plan.model.model_class} on {plan.machine.name}: "
         f"{count_of(plan.num_stages, 'stage')}, {plan.schedule}, "
         f"{count_of(plan.num_microbatches, 'microbatch')} of {plan.micro_batch_size}"
-        + (f", {count_of(plan.replicas, 'replica')}" if plan.replicas > 1 else ""),
+        + "".join(
+            f", {name} {plan.settings[name]}"
+            for name in ("tp", "cp", "ep")
+            if plan.settings.get(name, 1) != 1
+        )
+        + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
         stage_table(plan),
         f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
     ]
     rates = rates_of(plan)
     if rates is not None and rates.mfu is not None:
         lines.append(rates.text())
+        most = len(plan.machine.devices) * plan.replicas // rates.num_devices
+        if most > plan.replicas:
+            lines.append(
+                f"{rates.num_devices} of {len(plan.machine.devices)} GPUs are used; more replicas, "
+                "and as many more microbatches, would use the others"
+            )
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
     lines += annotation_lines(plan)

@@ -86,6 +86,13 @@ def test_whole_capture_with_the_self_check(name: str) -> None:
     assert all(torch.equal(inputs[key], value) for key, value in copies.items())
 
 
+def test_a_buffer_that_is_only_read_is_not_written_to() -> None:
+    model = toy(lambda self, x: {"loss": self.layers[1](self.layers[0](x) + self.offset).sum()})
+    model.register_buffer("offset", torch.ones(WIDTH))
+    capture(model, batch()).graph  # noqa: B018
+    assert model.offset._version == 0
+
+
 def test_use_cache_comes_back_after_a_refusal() -> None:
     model, inputs = TINY["gpt2-lm"].build()
     model.config.use_cache = True

@@ -19,7 +19,6 @@ import io
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
@@ -28,14 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 from typer.testing import CliRunner
 
 from ipu_pipeline.cli import app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?[^\n]*\n(.*?)^```$', re.M | re.S)
 RUNNER = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
@@ -130,11 +125,12 @@ class PageRun:
             position += len(want)
 
     def _install(self) -> None:
-        project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-        info = Path(f"{project['name'].replace('-', '_')}-0.1.dist-info")
+        project = read_configuration("pyproject.toml")["project"]  # refuses what pip would
+        name, version = project["name"], project["version"]
+        info = Path(f"{name.replace('-', '_')}-{version}.dist-info")
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
         )
         groups = [
             f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())

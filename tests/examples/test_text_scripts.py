@@ -25,7 +25,7 @@ SCRIPTS = {
         "--source_lang en --target_lang de --source_prefix to:", "loss",
     ),
     "glue": (
-        "text-classification/run_glue.py", "nli", "--task_name mnli --max_seq_length 32",
+        "text-classification/run_glue.py", "sst2", "--task_name sst2 --max_seq_length 32",
         "accuracy",
     ),
     "xnli": (
@@ -66,7 +66,7 @@ def run(example, script, tmp_path, encoder):
         files = {f.stem: f for f in data.iterdir() if f.stem in ("train", "validation")}
         small = (EXAMPLES / path).parent / "small"
         given = f"--model_name_or_path {small} --tokenizer_name {data}"
-        if not small.exists():
+        if not (data / "tokenizer.json").exists():
             given = f"--model_name_or_path {encoder}"
         given += f" --train_file {files['train']} --validation_file {files['validation']}"
         given += f" --do_train --do_eval --max_steps 2 --disable_tqdm true --output_dir {out}"

@@ -72,9 +72,20 @@ def test_file_round_trip(tmp_path: Path, name: str) -> None:
     assert loaded.fingerprint() == machine.fingerprint()
 
 
+def test_the_kernels_of_a_described_device_may_be_a_generation() -> None:
+    known = machine_by_name("h100-x2")
+    device = {**known.to_json()["devices"][0], "name": "gpu", "kernels": "hopper"}
+    raw = {**known.to_json(), "device": device, "count": 2}
+    del raw["devices"]
+    assert Machine.from_json(raw) == known
+    device["kernels"] = "kepler"
+    with pytest.raises(PlanError, match=r"no kernel rates for 'kepler'; known .*hopper"):
+        Machine.from_json(raw)
+
+
 @pytest.mark.parametrize("name", ["pod0", "pod", "pod-16", "a100", "nosuch.json"])
 def test_unknown_machine_names_the_known_ones(name: str) -> None:
-    with pytest.raises(PlanError, match=rf"machine '{name}' is neither known \(pod4, pod16"):
+    with pytest.raises(PlanError, match=rf"machine '{name}' is neither known \(podN, bow-podN"):
         machine_by_name(name)
 
 

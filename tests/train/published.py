@@ -194,8 +194,10 @@ def changed(source: str, module: str, prefix: str) -> str:
         module: What the trainer is imported from.
         prefix: What its name begins with there.
     """
-    name = "Seq2SeqTrainer" if "Seq2SeqTrainer" in source else "Trainer"
-    left, count = re.subn(rf"(?m)^ +{name},\n|(?<=^from transformers import ){name}, ", "", source)
+    imports = r"(?m)^ +{0},\n|(?<=^from transformers import ){0}, |^from trainer_qa import {0}\n"
+    names = ("QuestionAnsweringTrainer", "Seq2SeqTrainer", "Trainer")
+    name = next(n for n in names if re.search(imports.format(n), source))
+    left, count = re.subn(imports.format(name), "", source)
     assert count == 1, f"{count} imports of {name}"
     return f"from {module} import {prefix}{name} as {name}\n{left}"
 

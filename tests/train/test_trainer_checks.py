@@ -316,3 +316,8 @@ def test_predictions_with_generation(tmp_path, generate) -> None:
     else:
         assert len(ours.predictions) == len(theirs.predictions)
         assert ours.predictions[0] == pytest.approx(theirs.predictions[0], abs=1e-5)
+
+
+def test_what_is_refused_is_on_the_page() -> None:
+    page = Path(__file__).parents[2] / "docs" / "howto" / "train.md"
+    assert refusals() in page.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.pipelining.stage import _make_tensor_from_meta  # type: ignore[attr-defined]
@@ -190,6 +190,10 @@ class TrainingPipeline:
             loss_fn=lambda outputs, weight: outputs[0] * float(weight),
             scale_grads=False,
         )
+        if groups.vocabulary is not None and make is Schedule1F1B:
+            # One forward pass more before the first backward pass, in which the others find time
+            # for their softmax: as it is priced (``one_forward_ahead``).
+            self._schedule._num_stages += 1
         self._has_last = layout.num_stages - 1 in layout.own_stages
 
     def run(self, inputs: StepInputs, loss_scaling: float) -> dict[int, float]:

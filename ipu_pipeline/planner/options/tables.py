@@ -69,7 +69,8 @@ def table_of(graph: BlockGraph, block: Block) -> VocabularyTable | None:
             found.append(
                 VocabularyTable(fqn, rows, width, use, parameter.num_bytes, parameter.trainable)
             )
-    return max(found, key=lambda table: table.rows, default=None)
+    # Of equal ones that which is trained: PEFT keeps the frozen original beside its copy.
+    return max(found, key=lambda table: (table.rows, table.trainable), default=None)
 
 
 def looked_up(block: Block, table: VocabularyTable) -> int:
@@ -139,12 +140,15 @@ class FusedHead:
         return prod(self.logits.shape[:-1])
 
 
-def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHead, ...]:
+def fused_heads(
+    graph: BlockGraph, named: Collection[str] = (), *, in_parts: bool = False
+) -> tuple[FusedHead, ...]:
     """Return the projections with a large table (or of a ``named`` block) that can be fused.
 
     The graph must be one for training; the loss must be the only reader of the projection's
     result, which is no result of the model; between the product and the softmax over the table's
     rows there may be copies, changes of shape, scaling, a bias and a cap, but nothing else.
+    ``in_parts``: A loss over parts of the rows may also have the ``logsumexp`` of all (a z-loss).
     """
     if not graph.training:
         return ()
@@ -154,7 +158,9 @@ def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHe
             continue
         for name in loss.inputs:
             pair = _pair(graph, loss, graph.tensor_by_name[name])
-            if pair is not None and (pair.table.is_large or pair.head.name in named):
+            if pair is None or (_has_logsumexp(pair) and not in_parts):
+                continue
+            if pair.table.is_large or pair.head.name in named:
                 found.append(pair)
     return tuple(found)
 
@@ -200,6 +206,13 @@ def _has_softmax(loss: Block, rows: int) -> bool:
     return any(
         op.kind == "softmax" and op.shapes and op.shapes[0][-1:] == (rows,)
         for op in loss.forward_ops
+    )
+
+
+def _has_logsumexp(pair: FusedHead) -> bool:
+    return any(
+        "logsumexp" in op.name and (pair.table.rows,) == op.shapes[0][-1:]
+        for op in pair.loss.forward_ops
     )
 
 

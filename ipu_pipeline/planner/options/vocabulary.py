@@ -30,12 +30,12 @@ def spread_head(graph: BlockGraph) -> FusedHead:
         raise PlanError(
             "the plan is for inference, where no loss is computed: plan without vocabulary"
         )
-    found = fused_heads(graph, [block.name for block in graph.blocks])
+    found = fused_heads(graph, [block.name for block in graph.blocks], in_parts=True)
     if not found:
         raise PlanError(
             f"{graph.model_class} has no output projection whose logits only a cross entropy "
-            "reads (between them: changes of shape, a bias, factors and a cap), so that its "
-            "vocabulary cannot be spread over stages: plan without vocabulary"
+            "(and a logsumexp) reads (between them: changes of shape, a bias, factors and a cap), "
+            "so that its vocabulary cannot be spread over stages: plan without vocabulary"
         )
     return max(found, key=lambda head: head.table.rows)
 

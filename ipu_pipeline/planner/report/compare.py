@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
@@ -57,9 +58,17 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
             f"{milliseconds(pace_of(first).seconds)} ms"
         )
     faster = f"{names[1]} trains {times:.3f} times as many samples/s as {names[0]}"
-    if [p.num_microbatches for p in (first, second)] != [first.num_microbatches] * 2:
-        has = count_of(second.num_microbatches, "microbatch")
-        return f"{faster}: its step has {has}, not {first.num_microbatches}"
+    pairs = {
+        "runs on {}, not {}": [(_num_devices(plan), "device") for plan in (first, second)],
+        "has {} a step, not {}": [(p.num_microbatches, "microbatch") for p in (first, second)],
+    }
+    other = [
+        text.format(count_of(*after), before[0])
+        for text, (before, after) in pairs.items()
+        if before != after
+    ]
+    if other:
+        return f"{faster}: it {', and '.join(other)}"
     paces = [pace_of(plan) for plan in (first, second)]
     slower_s = seconds[1] - seconds[0]
     paced_s = first.num_microbatches * (paces[1].seconds - paces[0].seconds)
@@ -75,6 +84,12 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
         f"pipeline, copies and the update take {milliseconds(abs(slower_s - paced_s))} ms "
         f"{'more' if slower_s > paced_s else 'less'}"
     )
+
+
+def _num_devices(plan: Plan) -> int:
+    """Return how many devices work for a plan, all replicas together."""
+    rates = rates_of(plan)
+    return rates.num_devices if rates else 0
 
 
 def _counted(plan: Plan, blocks: Sequence[str]) -> str:
@@ -106,6 +121,7 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
         "model": plan.model.model_class,
         "machine": plan.machine.name,
         "stages": f"{plan.num_stages} on {devices}",
+        "devices of all replicas": str(_num_devices(plan)),
         "schedule": plan.schedule,
         "batch": f"{plan.num_microbatches} x {plan.micro_batch_size} x {replicas}",
         "step ms": milliseconds(plan.objective_s),
@@ -125,12 +141,19 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
     return found
 
 
+def _setting(plan: Plan, name: str) -> Any:
+    """Return a setting as shown; GPUs run this project's own engine where none is named."""
+    gpus = plan.machine.devices[0].kernels is not None
+    found = plan.settings.get(name, "torch" if gpus and name == "engine" else "not set")
+    return ", ".join(map(str, found)) if isinstance(found, list | tuple) else found
+
+
 def _differences(first: Plan, second: Plan) -> Iterator[str]:
     """Yield what the plans decide differently, one line each."""
     if first.model != second.model:
         yield "they are plans of different models: their times say little about each other"
     for name in sorted({*first.settings, *second.settings}):
-        own, other = (plan.settings.get(name, "not set") for plan in (first, second))
+        own, other = (_setting(plan, name) for plan in (first, second))
         if own != other and not all(value in ("not set", 1) for value in (own, other)):
             yield f"{name}: {own} against {other}"
     recomputed = [sum(len(stage.recompute) for stage in plan.stages) for plan in (first, second)]

@@ -92,9 +92,9 @@ def pipeline_shapes(
         raise PartitionError(problem)
     if not found:
         raise PartitionError(
-            f"no pipeline to try: {count_of(constraints.replicas, 'replica')}, "
-            f"{constraints.num_stages or 'any number of'} stages, {count_of(available, 'device')}, "
-            f"{count_of(len(graph.blocks), 'block')}"
+            f"no pipeline to try: stages {constraints.num_stages or 'any'} (at most "
+            f"{constraints.max_stages or 'any'}), replicas {constraints.replicas}, devices "
+            f"{available}, blocks {len(graph.blocks)}"
         )
     return found
 
@@ -109,8 +109,8 @@ def check_depth(graph: BlockGraph, num_stages: int) -> None:
         raise PartitionError("the graph has no block to place")
     if num_stages > len(graph.blocks):
         raise PartitionError(
-            f"{count_of(num_stages, 'stage')} need at least as many blocks, the graph has "
-            f"{len(graph.blocks)}"
+            f"{num_stages} stages need at least as many blocks, the graph has "
+            f"{len(graph.blocks)}; ask for fewer, or for smaller blocks (granularity)"
         )
 
 

@@ -23,6 +23,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
+from ipu_pipeline.planner.schedules.objective import Path
 from ipu_pipeline.planner.search.bottleneck import StagePositions, even_bound, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
@@ -35,7 +36,7 @@ from ipu_pipeline.planner.search.parallel import (
     candidate,
     pipeline_shapes,
 )
-from ipu_pipeline.planner.search.problem import Problem, mask_of
+from ipu_pipeline.planner.search.problem import Problem, bits, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -91,17 +92,24 @@ class Engine:
     def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search.
 
-        Where stages visit the devices several times it is one of the replay: one device has its
-        share of all microbatches' work, and no dependency path is longer than the step.
+        Where stages visit the devices several times it is one of the replay.
         """
         if self.has_loops(candidate):
-            work = sum(option.total_s for option in self.problem.fastest)
-            speed, shape = max(slot.speed for slot in candidate.slots), candidate.shape
-            share = shape.num_microbatches * work / speed / shape.num_devices
-            paths = critical_paths(self._kind, shape)
-            return max(share, least_path_s(self.problem, paths, speed))
+            return self._replay_s(candidate, critical_paths(self._kind, candidate.shape))
         weights = self._relaxed_weights(candidate)
         return even_bound(self.problem, candidate.slots, candidate.depth, *weights)
+
+    def _replay_s(self, candidate: CandidatePipeline, paths: Sequence[Path]) -> float:
+        """Bound of every replay: of a device's work, and of each dependency path.
+
+        One device has its share of all microbatches' work, and one has the largest block.
+        """
+        seconds = [option.total_s for option in self.problem.fastest]
+        groups = [sum(seconds[n] for n in bits(mask)) for mask in self.problem.together]
+        speed, shape = max(slot.speed for slot in candidate.slots), candidate.shape
+        busiest = max(sum(seconds) / shape.num_devices, *seconds, *groups)
+        path_s = least_path_s(self.problem, paths, speed)
+        return max(shape.num_microbatches * busiest / speed, path_s)
 
     def step_bound(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -122,7 +130,7 @@ class Engine:
             speed = max(slot.speed for slot in item.slots)
             once_s = sum(self.problem.outer) / speed / item.shape.num_devices
             paths[item.depth] = critical_paths(kind, item.shape)
-            least[item.depth] = least_path_s(self.problem, paths[item.depth], speed) + once_s
+            least[item.depth] = self._replay_s(item, paths[item.depth]) + once_s
         open_paths = {depth: paths[depth] for depth in paths if least[depth] < upper}
         lower = min((least[depth] for depth in least if depth not in open_paths), default=inf)
         if not open_paths:

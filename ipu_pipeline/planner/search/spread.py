@@ -12,9 +12,10 @@ busiest one a stage with load L has room for ``(T - L - entry) / rate`` rows, an
 Where a schedule puts several stages on a device, or stages share memory or devices, the chunks are
 left out: the model without vocabulary is split, and the rows are shared out behind it.
 
-The bound holds for every sharing: some device has its share of all microbatches' work, and the
-paths through the steady part of every stage (``one_f_one_b.py``), weighted so that they count every
-stage alike, are no shorter than their mean.
+The bound holds for every sharing. Of n devices with rows each pays for a share, and the busiest has
+an n-th of the rows or more; some device has its share of all microbatches' work; and the paths
+through the steady part of every stage (``one_f_one_b.py``), weighted so that they count every stage
+alike, are no shorter than their mean. The least of all n is taken.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class VocabularyRate:
     Attributes:
         entry_s: Seconds a microbatch, besides those of the rows.
         asking_s: Of ``entry_s``, what the last stage has for every other one that it asks.
+        computed_s: Of ``entry_s``, what is computed.
+        message_s: Its messages, over the fastest link.
         row_s: Seconds a microbatch and row.
         row_space: Bytes a row, besides weights and their state.
         space: Bytes besides those of the rows.
@@ -72,6 +75,8 @@ class VocabularyRate:
 
     entry_s: float
     asking_s: float
+    computed_s: float
+    message_s: float
     row_s: float
     row_space: float
     space: float
@@ -126,8 +131,12 @@ class SpreadSearch:
         machine = costs.ranks or self.machine
         link = None if machine.shared_memory else machine.board_link or machine.link
         messages = self.spread.message_s(link, costs.message_overlap)
+        computed_s = max(0.0, whole_s - row_s * size)
+        links = {link, None if link is None else machine.link}
         return VocabularyRate(
-            entry_s=max(0.0, whole_s - row_s * size) + sum(messages),
+            entry_s=computed_s + sum(messages),
+            computed_s=computed_s,
+            message_s=min(sum(self.spread.message_s(x, costs.message_overlap)) for x in links),
             asking_s=0.0 if costs.message_overlap else messages[0],
             row_s=max(row_s, 1e-15),  # products that take no time are shared out evenly
             row_space=row_space,
@@ -220,15 +229,22 @@ class SpreadSearch:
         rest = Problem(names, (0,) * len(names), tuple(costs.blocks[n].choices for n in names))
         kind, fastest = schedule_kind(self.schedule), max(speeds.values())
         work_s = sum(option.total_s for option in rest.fastest)
-        rows_s = rate.entry_s + rate.row_s * self.spread.size
-        found = max(
-            shape.num_microbatches * (work_s + rows_s) / sum(speeds.values()),
-            least_path_s(rest, critical_paths(kind, shape), fastest),
-        )
+        passes, of_rows = 0.0, 0.0
         if shape.own_devices and kind.name == "1f1b":
-            counted, of_rows = steady_counts(shape)
-            found = max(found, (counted * work_s + of_rows * rows_s) / fastest)
-        return found
+            passes, of_rows = steady_counts(shape)
+        count, size, speed = shape.num_microbatches, self.spread.size, sum(speeds.values())
+
+        def least_s(holders: int) -> float:
+            entry_s = rate.computed_s + rate.message_s * (holders > 1)
+            rows_s = holders * entry_s + rate.row_s * size
+            return max(
+                count * (work_s + rows_s) / speed,
+                count * rows_s / holders / fastest,
+                (passes * work_s + of_rows * rows_s) / fastest,
+            )
+
+        path_s = least_path_s(rest, critical_paths(kind, shape), fastest)
+        return max(path_s, min(map(least_s, range(1, len(speeds) + 1))))
 
     def _problem(self, chunks: int) -> tuple[BlockGraph, GraphCosts]:
         """Return the model without vocabulary, and its rows as chunks."""

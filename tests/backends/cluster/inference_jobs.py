@@ -119,6 +119,13 @@ class _Favours(LogitsProcessor):
         return scores + 1e3 * torch.eye(scores.shape[1])[3 + dist.get_rank()]
 
 
+def served(cases: list[str]) -> list[Any]:
+    """Return what pipelines over the ranks give, and those of the model alone."""
+    from tests.test_task_pipeline import served
+
+    return [served(case, target="distributed") for case in cases]
+
+
 def decided_otherwise() -> dict[str, Any]:
     """Generate with what is not the same on all ranks, or not the same for every token."""
     made, batch = compiled("gpt2-lm", planned={"num_stages": 2}, learning_rate=None)

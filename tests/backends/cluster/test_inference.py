@@ -9,6 +9,7 @@ import torch
 
 from tests.backends.cluster.inference_jobs import LENGTHS, inputs_of
 from tests.backends.cluster.processes import Processes
+from tests.test_task_pipeline import assert_same
 from tests.tiny_models import TINY
 
 
@@ -37,6 +38,13 @@ def test_weights_that_a_rank_does_not_have_are_not_used(two: Processes, tmp_path
         assert tokens == expected
         assert "every stage keeps the cache of its own layers during one call only" in refused[0]
         assert "`model_kwargs` are not used by the model: ['nothing']" in refused[1]
+
+
+def test_pipelines_over_ranks_give_what_the_model_gives(two: Processes) -> None:
+    cases = ["zero-shot-classification", "automatic-speech-recognition of a seq2seq model"]
+    for found in two.run("inference_jobs.served", cases=cases):
+        for ours, alone in found:
+            assert_same(ours, alone)
 
 
 def test_ranks_decide_alike(two: Processes) -> None:

@@ -92,6 +92,12 @@ def test_replicas_train_as_one(four: Processes) -> None:
         assert rank["state"] == found[0]["state"]
 
 
+def test_as_many_microbatches_are_kept_as_priced(two: Processes) -> None:
+    plan = jobs.built("gpt2-lm", **EVEN)[1]
+    assert [stage.in_flight for stage in plan.stages] == [3, 2]
+    assert two.run("vocabulary_jobs.in_flight", planned=EVEN) == [{0: 3}, {1: 2}]
+
+
 @pytest.mark.parametrize("name", ["gpt2-lm", "bert-mlm"])
 def test_evaluation_gathers_the_logits(two: Processes, name: str) -> None:
     for rank in two.run("vocabulary_jobs.evaluated", name=name, planned=EVEN):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.pipeline import _NotedStage
 from ipu_pipeline.stages.chunked_loss import DeferredLogits
 from tests.backends.cluster import jobs
 
@@ -133,6 +134,22 @@ def load_all(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("model*.safetensors")):
         found.update(load_file(file))
     return found
+
+
+def in_flight(planned: dict[str, Any]) -> dict[int, int]:
+    """Return the most microbatches that each stage here keeps."""
+    made, batch = jobs.compiled("gpt2-lm", planned=planned, learning_rate=None)
+    kept: dict[int, int] = {}
+    forward = _NotedStage.forward_one_chunk
+
+    def noted(stage: _NotedStage, *args: Any, **options: Any) -> Any:
+        found = forward(stage, *args, **options)
+        kept[stage.stage_index] = max(kept.get(stage.stage_index, 0), len(stage.fwd_cache))
+        return found
+
+    with made, mock.patch.object(_NotedStage, "forward_one_chunk", noted):
+        made.forward_backward(batch)
+    return kept
 
 
 class Rowwise(torch.optim.SGD):

@@ -10,9 +10,11 @@ import transformers
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
+from transformers.modeling_outputs import CausalLMOutput
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.planner.options.tables import fused_heads
 from tests.backends.local.helpers import assert_equals_eager, planned
 from tests.later import in_turn
 from tests.tiny_models import TINY, TinyModel
@@ -113,6 +115,35 @@ class Reading(nn.Module):
         scale = 2.0 if float(hidden.detach().sum()) > 1e9 else 1.0
         logits = self.head(hidden * scale)
         return {"loss": functional.cross_entropy(logits.view(-1, 40), labels.view(-1))}
+
+
+class WithZLoss(nn.Module):
+    """A model that keeps the normaliser of its softmax small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.head = nn.Linear(8, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden).tanh()
+        logits = self.head(hidden).float()
+        loss = functional.cross_entropy(logits.view(-1, 40), labels.view(-1), label_smoothing=0.1)
+        return CausalLMOutput(loss + 0.1 * (logits.logsumexp(-1) ** 2).mean(), logits)  # type: ignore[arg-type]
+
+
+def test_a_z_loss() -> None:
+    batch = {name: torch.arange(16).reshape(8, 2) * 3 % 40 for name in ("ids", "labels")}
+    model = WithZLoss()
+    example = {name: value[:2] for name, value in batch.items()}
+    plan = ipp.plan(model, example, num_stages=2, microbatches=4, vocabulary="even")
+    assert_equals_eager(model, plan, batch)
+    assert not fused_heads(plan.graph, ["head"])  # slices of tokens do without it
+    assert len(fused_heads(plan.graph, ["head"], in_parts=True)) > 0
 
 
 def test_glue_that_waits_is_refused() -> None:

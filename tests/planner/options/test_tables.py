@@ -58,6 +58,14 @@ def test_a_matrix_that_is_not_transposed_is_no_table() -> None:
     assert table_of(turned, turned["head"]) is None
 
 
+def test_of_equal_tables_the_trained_one_counts() -> None:
+    graph = changed("head", parameters=("frozen", "head.weight"))
+    frozen = replace(graph.parameter_by_fqn["head.weight"], fqn="frozen", trainable=False)
+    table = table_of(replace(graph, parameters=(frozen, *graph.parameters)), graph["head"])
+    assert table is not None
+    assert table.parameter == "head.weight"
+
+
 def test_head_and_loss_are_found() -> None:
     graph = table_graph()
     (pair,) = fused_heads(graph)

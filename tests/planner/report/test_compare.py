@@ -25,8 +25,14 @@ def test_equal_plans_and_other_batches() -> None:
     plan = planned("Et*3|t*3L", dp=8)
     assert reason(plan, plan, ("a", "b")).startswith("a and b take the same time; the busiest")
     more = planned("Et*3|t*3L", dp=8, microbatches=64)
-    assert reason(plan, more, ("a", "b")).endswith("its step has 64 microbatches, not 8")
+    assert reason(plan, more, ("a", "b")).endswith("it has 64 microbatches a step, not 8")
     assert reason(plan, replace(plan, objective_s=0.0), ("a", "b")).startswith("a step of one")
+
+
+def test_more_devices_are_named_first() -> None:
+    first, second = planned("Et*3|t*3L", dp=8), planned("Et*3|t*3L", dp=4, microbatches=1)
+    said = reason(first, second, ("a", "b"))
+    assert said.endswith("it runs on 8 devices, not 16, and has 1 microbatch a step, not 8")
 
 
 def test_fill_and_update_are_the_reason_where_the_paces_are_equal() -> None:
@@ -40,5 +46,9 @@ def test_fill_and_update_are_the_reason_where_the_paces_are_equal() -> None:
 def test_settings_and_models_that_differ_are_named() -> None:
     first, second = planned("Et*3|t*3L", dp=8), planned("Et*3|t*3L", dp=4, tp=2)
     assert "tp: not set against 2" in compare_text(first, second, ("a", "b"))
+    own = replace(first, settings={"recompute": ["mlp", "layernorm"]})
+    said = compare_text(first, own, ("a", "b"))
+    assert "engine: megatron against torch\n" in said
+    assert "recompute: not set against mlp, layernorm\n" in said
     other = replace(second, model=replace(second.model, model_class="Other"))
     assert "plans of different models" in compare_text(first, other, ("a", "b"))

@@ -236,6 +236,20 @@ def test_spreading_is_chosen_where_it_pays(schedule: str) -> None:
     assert small.vocabulary is None
 
 
+@pytest.mark.parametrize(("schedule", "gap"), [("1f1b", 0.3), ("interleaved", 0.4)])
+def test_the_bound_holds_for_every_sharing(schedule: str, gap: float) -> None:
+    """Over a slow link, where each share pays for its messages."""
+    graph, slow = chain_graph(6, 20_000), replace(table_machine(4), link=Link(1e9, 1e-5))
+    limits = {"schedule": schedule, "num_stages": 4 if schedule == "1f1b" else None}
+    best = planned(graph, slow, **limits, vocabulary="auto")
+    assert best.vocabulary is not None
+    assert best.gap < gap
+    for number in range(3):
+        shares = tuple(float(stage % 4 >= number) for stage in range(best.num_stages))
+        other = planned(graph, slow, **{**limits, "num_stages": len(shares)}, vocabulary=shares)
+        assert other.objective_s >= max(best.lower_bound_s, other.lower_bound_s)
+
+
 def test_shares_are_kept_as_asked() -> None:
     made = planned(chain_graph(12, 50_000), table_machine(4), vocabulary=(1, 1, 0, 2))
     assert made.vocabulary.rows == ((0, 0, 12_500), (1, 12_500, 25_000), (3, 25_000, 50_000))

@@ -22,8 +22,9 @@ from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.spread import share_ipus
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec
 from ipu_pipeline.planner.layers_per_ipu import counted_layers, expand_layers
+from ipu_pipeline.planner.options.tables import table_of
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,22 @@ def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
 def one_ipu_groups(graph: BlockGraph) -> tuple[tuple[str, ...], ...]:
     """Return the blocks that share a variable, which PopART has on one IPU.
 
-    A parameter that layers share and that is in no module of theirs is handed to them as a value,
-    which is copied.
+    A parameter that layers share, that is in no module of theirs and that none looks up in, is
+    handed to them as a value, which is copied.
     """
+
+    def holds(block: Block, parameter: ParameterSpec) -> bool:
+        table, names = table_of(graph, block), (parameter.fqn, *parameter.aliases)
+        return (
+            block.kind != "layer"
+            or any(name.startswith(f"{block.module}.") for name in names)
+            or (table is not None and table.use == "lookup" and table.parameter == parameter.fqn)
+        )
+
     held = {
         parameter.blocks
         for parameter in graph.parameters
-        if len(parameter.blocks) > 1
-        and any(
-            graph[name].kind != "layer" or other.startswith(f"{graph[name].module}.")
-            for name in parameter.blocks
-            for other in (parameter.fqn, *parameter.aliases)
-        )
+        if len(parameter.blocks) > 1 and any(holds(graph[n], parameter) for n in parameter.blocks)
     }
     return tuple(group for group in graph.tied_groups if group in held)
 

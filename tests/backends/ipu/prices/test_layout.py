@@ -90,3 +90,6 @@ def test_a_module_that_layers_hold_is_on_one_ipu() -> None:
     assert shared("layer.0.both.weight", "layer.1.both.weight") == (("layer.0", "layer.1"),)
     assert shared("relative.weight") == ()  # handed to the layers as a value
     assert one_ipu_groups(layered(2)) == (("wte", "head"),)
+    # embedding and head in the glue of layers
+    layers = tuple(replace(block, kind="layer") for block in layered(2).blocks)
+    assert one_ipu_groups(replace(layered(2), blocks=layers)) == (("wte", "head"),)
