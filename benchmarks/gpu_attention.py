@@ -55,10 +55,10 @@ class CoreAttentionPricer(RankPricer):
 
 
 class DroppedTokensPricer(RankPricer):
-    """Prices experts with a capacity: Megatron has these with its plain all-to-all only.
+    """Prices experts that are padded to a capacity (Megatron-Core 0.16, ``drop_and_pad``).
 
-    Shapes are known, so that the host waits for nothing and launches ahead; every copy of a row
-    is sent, however many experts of it a node has, and nothing runs beside it.
+    Shapes are known, so that the host waits for nothing and launches ahead. Taken, as rows do not
+    say it: the plain all-to-all, which sends every copy of a row, with nothing beside it.
     """
 
     def _group_launches(self, found: tuple[OpRecord, ...], experts: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ from trainer_run import TrainerJob, TrainerOptions, run_trainer
 from transformers import Wav2Vec2Processor
 
 from tasks.samples import Row
-from tasks.speech import SpeechOptions, collate_speech, ctc_tokenizer, letters, text_scores
+from tasks.speech import (
+    SpeechOptions,
+    collate_speech,
+    ctc_tokenizer,
+    letters,
+    spoken_frames,
+    text_scores,
+)
 
 
 @dataclass(kw_only=True)
@@ -53,13 +61,15 @@ def run(options: Options) -> Any:
         labels = tokenizer(options.text(row))["input_ids"]
         return {**options.sound(row, folder, extractor), "labels": labels}
 
+    if extractor.return_attention_mask:
+        options.label_names = ["labels", "attention_mask"]
     job = TrainerJob(
         model,
         Wav2Vec2Processor(extractor, tokenizer),
         media_data(options, rows, features),
         collate_speech,
-        text_scores(tokenizer, group_tokens=False),
-        lambda logits, _: logits.argmax(-1),
+        text_scores(tokenizer, {}, {"group_tokens": False}),
+        partial(spoken_frames, model),
         "wer",
     )
     return run_trainer(options, job)

@@ -65,12 +65,13 @@ def run(options: Options) -> Any:
         begins = labels[0] == model.config.decoder_start_token_id  # which the model puts before
         return {**options.sound(row, folder, extractor), "labels": labels[begins:]}
 
+    plain = {"skip_special_tokens": True}
     job = TrainerJob(
         model,
         WhisperProcessor(extractor, tokenizer),
         media_data(options, rows, features),
         collate_speech,
-        text_scores(tokenizer) if options.predict_with_generate else None,
+        text_scores(tokenizer, plain, plain) if options.predict_with_generate else None,
         main_metric="wer" if options.predict_with_generate else "loss",
         trainer=Seq2SeqTrainer,
     )

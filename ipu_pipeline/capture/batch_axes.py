@@ -128,7 +128,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         given: Axes that the user knows.
     """
     found: BatchAxes | None = None
-    problem = ""
+    problem, uncut = "", False
     if next(_choices(batch, given), None) is None:
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
@@ -140,13 +140,22 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
             except Exception as error:  # whatever a model does with samples that do not fit
                 problem = problem or f"{type(error).__name__}: {first_line(error)}"
                 continue
+            if problem and _cuts_nothing(tried):
+                uncut = True
+                continue
             first, found = found is None and not problem, found or tried
             # Axes that are less plain have to explain the loss; without one, the plain ones do.
             if not tried.mixed and (first or tried.depends or problem):
                 return tried
             if first and (not tried.has_loss or (tried.outputs and tried.mixed == (LOSS,))):
                 return tried
-    return found or _undecided(batch, given, problem)
+    return found or _undecided(batch, given, problem, uncut=uncut)
+
+
+def _cuts_nothing(tried: BatchAxes) -> bool:
+    """Whether every part of a batch gives the same, but for a loss that explains nothing."""
+    axes = tried.outputs.values()
+    return LOSS in tried.mixed and len(axes) > 0 and all(axis is None for axis in axes)
 
 
 def sized_like_samples(batch: Mapping[str, Any]) -> object:
@@ -163,10 +172,15 @@ def _shape(value: Any) -> tuple[int, ...]:
     return (len(value),) if sized(value) else ()
 
 
-def _undecided(batch: Mapping[str, Any], given: Axes, problem: str) -> BatchAxes:
-    """Take the plain choice of a model that no choice runs, where every input has such an axis."""
+def _undecided(batch: Mapping[str, Any], given: Axes, problem: str, *, uncut: bool) -> BatchAxes:
+    """Take the plain choice of a model that no choice runs, where every input has such an axis.
+
+    ``uncut``: one ran whose parts all hold all samples, as where an input counts rows of the batch.
+    """
     axes = next(_choices(batch, given))
     whole = [n for n, v in batch.items() if sized(v) and axes.get(n) is None and n not in given]
+    if uncut and not whole:
+        return BatchAxes(axes, problem=f"some of its samples make the model fail ({problem})")
     if not whole or not problem:
         return BatchAxes(axes, mixed=(LOSS,))
     name = next((n for n in whole if isinstance(batch[n], Tensor)), whole[0])

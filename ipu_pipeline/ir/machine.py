@@ -284,6 +284,9 @@ def _replicated(raw: Mapping[str, Any], source: str) -> list[Device]:
     if isinstance(device, Mapping) and isinstance(kernels := device.get("kernels"), str):
         from ipu_pipeline.ir.machines import kernel_rates
 
-        device = {**device, "kernels": to_json(kernel_rates(kernels))}
+        try:
+            device = {**device, "kernels": to_json(kernel_rates(kernels))}
+        except PlanError as error:
+            raise PlanError(f"{source}, device: {error}") from None
     one = from_json(Device, device, f"{source}, device", PlanError)
     return [replace(one, name=f"{one.name}{index}") for index in range(raw["count"])]

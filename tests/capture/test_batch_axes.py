@@ -181,3 +181,14 @@ def test_an_input_that_gets_another_shape_is_looked_at_again():
     first = sized_like_samples({"x": x, "position_ids": long})
     assert first == sized_like_samples({"x": x[:2], "position_ids": long[:2]})
     assert first != sized_like_samples({"x": x, "position_ids": short})
+
+
+def test_rows_that_are_counted_over_the_whole_batch_cannot_be_cut():
+    # As wav2vec 2.0 samples its negatives: only they could be cut, of samples that stay whole.
+    def body(linear: Any, x: Tensor, others: Tensor) -> dict[str, Tensor]:
+        h = linear(x)
+        wrong = h[others.flatten()].view(len(x), -1, WIDTH)
+        return {"loss": (h[:, None] * wrong).sum().exp(), "states": h}
+
+    result = found(body, x=torch.randn(2, WIDTH), others=torch.tensor([[1, 1], [0, 0]]))
+    assert result.problem.startswith("some of its samples make the model fail (IndexError: index 1")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import EvalPrediction
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import DatasetError
@@ -150,6 +151,18 @@ def test_errors_are_counted_by_word_and_by_character(example: Any) -> None:
     assert edits([], ["a", "b"]) == 2
     found = error_rates(["one two", "six", ""], ["one too", "six", "nine"])
     assert found == pytest.approx({"wer": 2 / 4, "cer": (1 + 4) / (7 + 3 + 4)})
+
+
+def test_letters_that_a_blank_divides_are_two(example: Any, tmp_path: Path) -> None:
+    example("trainer_run")
+    from tasks.speech import ctc_tokenizer, text_scores
+
+    tokenizer = ctc_tokenizer([*" ehrt"], tmp_path)
+    labels = np.array([[*tokenizer("three tee")["input_ids"], -100]])
+    blank = tokenizer.pad_token_id
+    frames = np.insert(np.repeat(labels, 2, axis=1), [8, 16], blank, axis=1)
+    scores = text_scores(tokenizer, {}, {"group_tokens": False})
+    assert scores(EvalPrediction(frames, labels)) == {"wer": 0, "cer": 0}
 
 
 def test_what_is_wrong_with_a_sound_is_said(run: Any, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
-"""Speech and its text: features of both, batches of them, and how many words are wrong."""
+"""Speech and its text: features of both, batches of them, and how many words are wrong.
+
+Axes: ``B`` samples, ``L`` frames or tokens, ``V`` vocabulary.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import Wav2Vec2CTCTokenizer, WhisperTokenizer, default_data_collator
 
@@ -19,6 +23,8 @@ from ipu_pipeline.train.arguments import option
 from tasks.media import read_sound
 from tasks.samples import Row, Rows, require
 
+Options = Mapping[str, Any]
+Scores = dict[str, float]
 # What Whisper's decoder is told before the text.
 _WHISPER = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>",
             "<|notimestamps|>")  # fmt: skip
@@ -120,29 +126,42 @@ def collate_speech(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def text_scores(tokenizer: Any, **options: Any) -> Callable[[Any], dict[str, float]]:
+def spoken_frames(model: Any, logits_BLV: Tensor, labels: Any) -> Tensor:
+    """Return the best token of every frame: [B, L]; the blank where a sound is padded.
+
+    ``labels`` are those and the mask of the sounds, or labels alone.
+    """
+    best_BL = logits_BLV.argmax(-1)
+    if isinstance(labels, tuple):
+        lengths_B = model._get_feat_extract_output_lengths(labels[1].sum(-1))
+        padded_BL = torch.arange(best_BL.shape[1]) >= lengths_B[:, None]
+        best_BL = best_BL.masked_fill(padded_BL, model.config.pad_token_id)
+    return best_BL
+
+
+def text_scores(tokenizer: Any, found: Options, expected: Options) -> Callable[[Any], Scores]:
     """Return what scores predicted tokens beside labels.
 
     Args:
         tokenizer: Turns both into text.
-        **options: What is said to it about the labels only.
+        found: What it is told about the predictions.
+        expected: The same about the labels.
     """
 
-    def scores(found: Any) -> dict[str, float]:
+    def scores(both: Any) -> Scores:
+        ids = both.label_ids
         predicted, labels = (
             np.where(tokens == IGNORED_LABEL, tokenizer.pad_token_id, tokens)
-            for tokens in (found.predictions, found.label_ids)
+            for tokens in (both.predictions, ids[0] if isinstance(ids, tuple) else ids)
         )
-        skip = {"skip_special_tokens": True}
         return error_rates(
-            tokenizer.batch_decode(predicted, **skip),
-            tokenizer.batch_decode(labels, **skip, **options),
+            tokenizer.batch_decode(predicted, **found), tokenizer.batch_decode(labels, **expected)
         )
 
     return scores
 
 
-def error_rates(found: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+def error_rates(found: Sequence[str], expected: Sequence[str]) -> Scores:
     """Return the errors by word (``wer``) and by character (``cer``), as shares of what was said.
 
     An error is a word or a character that has to be put in, left out or replaced.

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.solver_scaling import tight_bytes, timed
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.search import Constraints, InfeasibleError, solve
+from ipu_pipeline.planner.search.least_bytes import LeastBytes
 from ipu_pipeline.planner.search.pipeline_search import search
 from tests.later import every_second
 from tests.planner.search.partition_oracle import (
@@ -254,3 +256,15 @@ def test_oracle_lists_every_split_of_a_chain():
 
 def test_infeasible_is_a_partition_error():
     assert issubclass(InfeasibleError, PartitionError)
+
+
+def test_where_the_whole_model_fits_no_stage_is_asked_for_least_bytes(monkeypatch):
+    def asked(*_):
+        raise AssertionError("a split of least bytes of a model that fits anywhere")
+
+    monkeypatch.setattr(LeastBytes, "split", asked)
+    lengths, devices = (12,), 4
+    _, found = timed(lengths, devices)
+    assert found.gap == 0.0
+    with pytest.raises(AssertionError, match="least bytes"):
+        timed(lengths, devices, tight_bytes(*lengths, devices))
