@@ -66,7 +66,10 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
     Raises:
         PipelineError: There is none here.
     """
-    return load_processor(name_or_path, "AutoTokenizer", **options)
+    tokenizer = load_processor(name_or_path, "AutoTokenizer", **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one of no files
+        raise PipelineError(f"{name_or_path} holds no tokenizer; give the folder or name of one")
+    return tokenizer
 
 
 def load_processor(name_or_path: str, auto_class: str, **options: Any) -> Any:

@@ -102,8 +102,9 @@ def run_trainer(options: TrainerOptions, job: TrainerJob) -> Trainer:
         if options.do_eval:
             scores = trainer.evaluate()
             write_results(options, "eval", scores)
-            name = f"eval_{job.main_metric}"
-            say(f"{job.main_metric} {scores[name]:.4g} on {len(job.data['validation'])} samples")
+            # with --prediction_loss_only there is no other score
+            name = job.main_metric if f"eval_{job.main_metric}" in scores else "loss"
+            say(f"{name} {scores[f'eval_{name}']:.4g} on {len(job.data['validation'])} samples")
         plan = getattr(trainer, "plan", None)
         if plan is not None and is_first():
             plan.save(options.folder / "plan.json")

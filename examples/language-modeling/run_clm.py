@@ -47,6 +47,12 @@ class Options(TrainerOptions, TokenizerOptions):
         default=None, help="Column of the text; default: text, else the first column."
     )
 
+    def _mistakes(self) -> tuple[tuple[bool, str], ...]:
+        return (
+            *super()._mistakes(),
+            (self.block_size == 1, "--block_size 1 leaves no next token; give at least 2"),
+        )
+
 
 def run(options: Options) -> Trainer:
     """Train and evaluate a model that continues texts."""

@@ -23,7 +23,7 @@ import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model, load_processor
 from fine_tuning import prepare
 from model_loading import has_no_weights
-from script_data import media_data, read_splits
+from script_data import media_data, name_of, read_splits
 from script_options import run_command_line
 from trainer_run import TrainerJob, TrainerOptions, run_trainer
 from transformers import Wav2Vec2Processor
@@ -34,6 +34,7 @@ from tasks.speech import (
     collate_speech,
     ctc_tokenizer,
     letters,
+    require_frames,
     spoken_frames,
     text_scores,
 )
@@ -51,7 +52,8 @@ def run(options: Options) -> Any:
     name = options.model_name_or_path
     extractor = load_processor(name, "AutoFeatureExtractor")
     if has_no_weights(Path(name)):
-        tokenizer = ctc_tokenizer(letters([*rows.values()], options), options.folder)
+        named = {name_of(split, options): part for split, part in rows.items()}
+        tokenizer = ctc_tokenizer(letters(named, options), options.folder)
     else:
         tokenizer = load_processor(name, "AutoTokenizer")
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -59,7 +61,9 @@ def run(options: Options) -> Any:
 
     def features(row: Row, folder: Path) -> dict[str, Any]:
         labels = tokenizer(options.text(row))["input_ids"]
-        return {**options.sound(row, folder, extractor), "labels": labels}
+        sound = options.sound(row, folder, extractor)
+        require_frames(model, sound, labels)
+        return {**sound, "labels": labels}
 
     if extractor.return_attention_mask:
         options.label_names = ["labels", "attention_mask"]

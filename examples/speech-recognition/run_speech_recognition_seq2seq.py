@@ -23,7 +23,7 @@ import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model, load_processor
 from fine_tuning import prepare
 from model_loading import has_no_weights
-from script_data import media_data, read_splits
+from script_data import media_data, name_of, read_splits
 from script_options import run_command_line
 from trainer_run import Seq2SeqOptions, TrainerJob, run_trainer
 from transformers import Seq2SeqTrainer, WhisperProcessor
@@ -48,7 +48,8 @@ def run(options: Options) -> Any:
     name = options.model_name_or_path
     extractor = load_processor(name, "AutoFeatureExtractor")
     if has_no_weights(Path(name)):
-        tokenizer = whisper_tokenizer(letters([*rows.values()], options))
+        named = {name_of(split, options): part for split, part in rows.items()}
+        tokenizer = whisper_tokenizer(letters(named, options))
         end = tokenizer.eos_token_id
         tokens = {"vocab_size": len(tokenizer), "pad_token_id": end, "bos_token_id": end,
                   "eos_token_id": end, "decoder_start_token_id":

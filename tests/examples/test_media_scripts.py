@@ -178,6 +178,24 @@ def test_what_is_wrong_with_a_sound_is_said(run: Any, tmp_path: Path) -> None:
         run(_CTC, max_train_samples=1, max_steps=1, unsplit=True)
 
 
+def test_what_is_wrong_with_a_text_is_said(run: Any, tmp_path: Path) -> None:
+    run(_CTC, do_train=False, unsplit=True)  # makes the data
+    given = tmp_path / "data" / "long.jsonl"
+
+    def refused(message: str, **row: Any) -> None:
+        given.write_text(json.dumps({"audio": "train/00000.wav", **row}) + "\n")
+        with pytest.raises(DatasetError, match=message):
+            run(_CTC, train_file=given, do_eval=False, unsplit=True)
+
+    refused(r"long.jsonl, row 0, it has no column 'text'")
+    refused(r"row 0, the model hears \d+ frames in its sound, its text needs at least 500; leave",
+            text="no" * 250)  # fmt: skip
+    with wave.open(str(tmp_path / "data" / "train" / "00000.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(6))
+    refused("row 0, the model hears 0 frames in its sound, its text needs at least 1", text="")
+
+
 def test_one_piece_takes_no_plan(run: Any) -> None:
     with pytest.raises(ValueError, match="in this process; leave out --num_stages"):
         run(_CTC, unsplit=True, num_stages=2)

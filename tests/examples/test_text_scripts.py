@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ipu_pipeline.errors import PipelineError
 from tests.examples.tasks.tiny import BERT, ENCODER, NO_DROPOUT, make_tokenizer
 from tests.later import now
 
@@ -91,6 +92,22 @@ def test_two_stages_give_the_numbers_of_the_unsplit_model(run, tmp_path, capsys,
     assert f"eval_{SCRIPTS[name][3]}" in scores
     assert split == {**split, **{k: pytest.approx(whole[k], rel=1e-4) for k in scores}}
     assert capsys.readouterr().out.count(f"\n{SCRIPTS[name][3]} ") == 2
+
+
+def test_without_predictions_the_score_is_the_loss(run, tmp_path, capsys):
+    found = run("clm", tmp_path / "out", "--unsplit --prediction_loss_only")
+    assert f"\nloss {found['eval_loss']:.4g} on " in capsys.readouterr().out
+
+
+def test_a_causal_model_needs_two_tokens(run, tmp_path):
+    with pytest.raises(ValueError, match="--block_size 1 leaves no next token; give at least 2"):
+        run("clm", tmp_path / "out", "--unsplit --block_size 1")
+
+
+def test_a_folder_without_a_tokenizer_is_named(example):
+    small = EXAMPLES / "language-modeling" / "small"
+    with pytest.raises(PipelineError, match=r"small holds no tokenizer; give the folder or name"):
+        example("demo_model").load_tokenizer(str(small))
 
 
 def test_scores_of_glue(script):

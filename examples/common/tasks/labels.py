@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ipu_pipeline.errors import DatasetError, shown
+
+# As text: a negative number, or a fraction ("2.0" is a class that a table of floats wrote).
+_NO_CLASS = re.compile(r"-\d+(\.\d+)?|\d*\.\d*[1-9]\d*")
 
 
 def class_name(value: Any, where: str) -> str:
@@ -15,7 +19,8 @@ def class_name(value: Any, where: str) -> str:
         DatasetError: It is a fraction, a negative number (no label) or nothing.
     """
     known = isinstance(value, (str, int)) and value != ""
-    if not known or (isinstance(value, int) and value < 0):
+    of_csv = isinstance(value, str) and _NO_CLASS.fullmatch(value) is not None
+    if not known or of_csv or (isinstance(value, int) and value < 0):
         raise DatasetError(
             f"{where} has label {shown(value)}; a class is a name or a number from 0 on (numbers "
             "to predict, and samples without label, are not supported)"

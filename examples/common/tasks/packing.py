@@ -342,8 +342,9 @@ def _check(model: Any, length: int, pad_id: int) -> None:
     draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
     ids_L = torch.randint(size, (length,), generator=draw)
     ids_L[ids_L == pad_id] = (pad_id + 1) % size
+    short = min(4, length // 2)
     parts = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-             for ids in ids_L.split([length - 4, 4])]  # fmt: skip
+             for ids in ids_L.split([length - short, short])]  # fmt: skip
     batch = PackingCollator(_padded, length, 2)([parts])
     mode = model.training
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.ir.files import write_text
 from ipu_pipeline.train.arguments import option
 from tasks.media import read_sound
-from tasks.samples import Row, Rows, require
+from tasks.samples import Row, Rows, in_data, require
 
 Options = Mapping[str, Any]
 Scores = dict[str, float]
@@ -85,9 +86,31 @@ class SpeechOptions(SoundOptions):
         return text
 
 
-def letters(rows: Sequence[Rows], options: SpeechOptions) -> list[str]:
-    """Return all characters of the texts, in order."""
-    return sorted({letter for split in rows for row in split for letter in options.text(row)})
+def letters(rows: Mapping[str, Rows], options: SpeechOptions) -> list[str]:
+    """Return all characters of the texts of the files or data sets of these names, in order."""
+    known: set[str] = set()
+    for where, split in rows.items():
+        for i, row in enumerate(split):
+            with in_data(f"{where}, row {i}"):
+                known.update(options.text(row))
+    return sorted(known)
+
+
+def require_frames(model: Any, sound: Mapping[str, Any], labels: Sequence[int]) -> None:
+    """Refuse a sound of which CTC has too few frames for its text: that loss is infinite.
+
+    Raises:
+        DatasetError: It has.
+    """
+    mask = sound.get("attention_mask")
+    size = len(sound["input_values"]) if mask is None else int(mask.sum())
+    frames = int(model._get_feat_extract_output_lengths(torch.tensor(size)))
+    needed = len(labels) + sum(one == other for one, other in pairwise(labels))
+    if frames < 1 or (frames < needed and not model.config.ctc_zero_infinity):
+        raise DatasetError(
+            f"the model hears {max(frames, 0)} frames in its sound, its text needs at least "
+            f"{max(needed, 1)}; leave it out"
+        )
 
 
 def ctc_tokenizer(known: Sequence[str], folder: Path) -> Any:

@@ -31,12 +31,15 @@ def test_one_class_teaches_nothing():
         choose_classes({"train": ["a", "a"]})
 
 
-@pytest.mark.parametrize(("value", "name"), [("x", "x"), (0, "0"), (7, "7"), (True, "True")])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("x", "x"), (0, "0"), (7, "7"), (True, "True"), ("2.0", "2.0"), ("v1.5", "v1.5")],
+)
 def test_names_and_numbers_are_classes(value, name):
     assert class_name(value, "row 0") == name
 
 
-@pytest.mark.parametrize("value", [-1, 0.5, None, "", [1]])
+@pytest.mark.parametrize("value", [-1, 0.5, None, "", [1], "-1", "0.5", "3.250"])
 def test_other_values_are_no_classes(value):
     with pytest.raises(DatasetError, match=r"row 2 has label .*; a class is a name or a number"):
         class_name(value, "row 2")

@@ -165,6 +165,12 @@ def test_models_that_mix_the_samples_of_a_row_are_refused():
     assert (type(model), type(model.fnet)) == kinds
 
 
+def test_the_shortest_row_holds_two_samples():
+    config = transformers.BertConfig(**SIZES, num_labels=3)
+    for length in (2, 3, 4):
+        pack_model(transformers.BertForSequenceClassification(config), length)
+
+
 def test_losses_that_do_not_leave_samples_out_are_refused():
     config = transformers.BertConfig(**SIZES, num_labels=1)
     with pytest.raises(ValueError, match="is not one of classes"):
