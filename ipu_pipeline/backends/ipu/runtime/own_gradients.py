@@ -1,19 +1,22 @@
-"""Functions with a backward pass of their own (``torch.autograd.Function``) in a program.
+"""Gradients that are not those of the forward pass.
 
-The device derives gradients from what the forward pass computes, and never calls the function's
-``backward``. So its gradient is compared once with the slope of its forward pass; a function that
-means another one (a straight-through estimator, an approximation) is refused.
+The device derives gradients from what the forward pass computes. It never calls the ``backward`` of
+a function of its own (``torch.autograd.Function``): its gradient is compared once with the slope of
+its forward pass, and a function that means another one (a straight-through estimator, an
+approximation) is refused. So are trained weights in a region without gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 
+from .host_values import tensors_of
 from .static_errors import refuse
 
 _STEP = 1e-5
@@ -21,11 +24,15 @@ _TOLERANCE = 1e-3
 
 
 @contextlib.contextmanager
-def gradients_checked() -> Iterator[None]:
+def gradients_checked(trained: Iterable[Tensor] = ()) -> Iterator[None]:
     """While it lasts, functions are compared when they are applied.
 
+    Args:
+        trained: Weights that have to get their gradients wherever they are used.
+
     Raises:
-        StaticGraphError: One has another gradient than its forward pass.
+        StaticGraphError: A function has another gradient than its forward pass; a trained weight is
+            used where gradients are switched off.
     """
     own: Any = Function.__dict__["apply"]
     known = set()
@@ -39,9 +46,34 @@ def gradients_checked() -> Iterator[None]:
 
     Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:
-        yield
+        with _TrainedWeights(trained):
+            yield
     finally:
         Function.apply = own  # type: ignore[method-assign]
+
+
+class _TrainedWeights(TorchFunctionMode):
+    """Refuses functions of these weights where gradients are switched off."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = {id(weight) for weight in weights}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled() or getattr(func, "__name__", "") == "detach":
+            return result
+        computed = isinstance(result, Tensor) and result.is_floating_point()
+        if computed and any(id(t) in self._weights for t in tensors_of((args, kwargs))):
+            raise refuse(
+                "uses trained weights under torch.no_grad(), and the device derives gradients "
+                "there, too",
+                "leave no_grad out, or freeze these weights (requires_grad_(False))",
+            )
+        return result
 
 
 def _check(cls: Any, apply: Any, args: Any) -> None:
