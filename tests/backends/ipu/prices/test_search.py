@@ -165,7 +165,7 @@ def test_what_does_not_fit_says_what_would() -> None:
     [
         ({"num_microbatches": 2}, "PopART needs at least 3 microbatches"),
         ({"num_stages": 4, "forbidden_cuts": ("layer.0", "layer.1")}, "4 stages need as many"),
-        ({"replicas": 8}, "no pipeline to try: stages any"),
+        ({"replicas": 8}, "no pipeline to try: 8 replicas"),
         ({"serialize": {"head": 3}}, "its table has 8192 rows, which 3 does not divide"),
         (
             {"serialize": {"loss": 3}},
