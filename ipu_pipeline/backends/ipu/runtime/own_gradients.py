@@ -3,13 +3,13 @@
 The device derives gradients from what the forward pass computes. It never calls the ``backward`` of
 a function of its own (``torch.autograd.Function``): its gradient is compared once with the slope of
 its forward pass, and a function that means another one (a straight-through estimator, an
-approximation) is refused. So are trained weights in a region without gradients.
+approximation) is refused. So is what comes of trained weights in a region without gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ def gradients_checked(trained: Iterable[Tensor] = ()) -> Iterator[None]:
         trained: Weights that have to get their gradients wherever they are used.
 
     Raises:
-        StaticGraphError: A function has another gradient than its forward pass; a trained weight is
-            used where gradients are switched off.
+        StaticGraphError: A function has another gradient than its forward pass; what comes of a
+            trained weight where gradients are switched off is used elsewhere.
     """
     own: Any = Function.__dict__["apply"]
     known = set()
@@ -53,24 +53,29 @@ def gradients_checked(trained: Iterable[Tensor] = ()) -> Iterator[None]:
 
 
 class _TrainedWeights(TorchFunctionMode):
-    """Refuses functions of these weights where gradients are switched off."""
+    """Refuses to compute on with what comes of these weights where gradients are switched off."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self._weights = {id(weight) for weight in weights}
+        self._without: Dict[int, Tensor] = {}  # their results, kept so that ids stay theirs
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() or getattr(func, "__name__", "") == "detach":
+        computed = [t for t in tensors_of(result) if t.is_floating_point()]
+        if not computed or getattr(func, "__name__", "") == "detach":
             return result
-        computed = isinstance(result, Tensor) and result.is_floating_point()
-        if computed and any(id(t) in self._weights for t in tensors_of((args, kwargs))):
+        given = {id(t) for t in tensors_of((args, kwargs))}
+        if not torch.is_grad_enabled():
+            if given & self._weights or given & self._without.keys():
+                self._without.update((id(t), t) for t in computed)
+        elif given & self._without.keys():
             raise refuse(
-                "uses trained weights under torch.no_grad(), and the device derives gradients "
-                "there, too",
+                "uses what was computed from trained weights under torch.no_grad(), and the device "
+                "derives gradients there, too",
                 "leave no_grad out, or freeze these weights (requires_grad_(False))",
             )
         return result
