@@ -7,6 +7,7 @@ that is cut by its inputs (``rowwise``) joins them. In the backward pass it is t
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -16,8 +17,28 @@ from transformers import PreTrainedModel
 
 from ipu_pipeline.capture.values import storage_key, storage_of
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _BY_OUTPUTS = frozenset({"colwise", "packed_colwise"})
 _BY_INPUTS = frozenset({"rowwise", "packed_rowwise"})
+
+
+def expanded_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Return the style of every module and parameter that the model's ``tp_plan`` names.
+
+    The plan has ``*`` for the numbers of layers, and a module stands for its parameters.
+    """
+    plan = dict(model.tp_plan or {})
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        style = plan.get(_NUMBER.sub(".*", path))
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".lstrip(".")
+            own = plan.get(_NUMBER.sub(".*", full), style)
+            if own is not None:
+                found[full] = own
+        if style is not None:
+            found[path] = style
+    return found
 
 
 def cut_styles(model: nn.Module) -> dict[int, str]:
@@ -25,7 +46,7 @@ def cut_styles(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            styles = module._expand_parallel_plan(dict(module.tp_plan or {}))
+            styles = expanded_plan(module)
             for name, parameter in module.named_parameters():
                 style = styles.get(name, "")
                 if style in _BY_OUTPUTS | _BY_INPUTS:

@@ -77,6 +77,7 @@ class Resize(Replay):
         )
         self._describe: _AsRecorded = _AsRecorded(self._made._kept.append)
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the recorded one
+        self._shapes: dict[int, Tensor] = {}  # by the id of the stand-in: what it stands for
 
     def sized(self, model: nn.Module, batch: Mapping[str, Any]) -> Sized:
         """Run the glue of ``model(**batch)`` at the sizes of the batch.
@@ -143,9 +144,11 @@ class Resize(Replay):
         """Return the call at these sizes."""
         if call.node is not None:
             numbers = {path: value for (n, path), value in self.changed.items() if n == number}
-            found = self._values.compute(call.node, numbers)
+            found = self._values.settle(call.node, numbers)
             if not _is_like(call.result, found):
                 self._differs(f"is given something else by {call.name}")
+            if isinstance(found, Tensor):
+                self._stand_in(call.result, found)
         elif call.parts or any(True for _ in tensors_in(call.result)):
             self._differs(f"calls {call.name}, whose results are not in the graph")
         memo: dict[int, Any] = {id(t): self._now(t) for t in members(dict(call.after))[0]}
@@ -172,16 +175,26 @@ class Resize(Replay):
         if type(tensor) is not StandIn or node is None:
             return tensor
         if id(tensor) not in self._stand_ins:
-            with torch._C.DisableTorchFunctionSubclass():
-                made = StandIn.of(self._values(node), tensor.dtype)
-            self._stand_ins[id(tensor)] = made
-            self._describe.recorded[id(made)] = id(tensor)
-            self._made.nodes[id(made)] = node
+            self._stand_in(tensor, self._values(node))
         return self._stand_ins[id(tensor)]
 
+    def _stand_in(self, tensor: Tensor, value: Tensor) -> None:
+        """Note what a recorded stand-in is at these sizes.
+
+        Its node is the last call that writes to it, which may come later; its shape is known now.
+        """
+        node = self._trace.glue.nodes.get(id(tensor))
+        if type(tensor) is not StandIn or node is None or id(tensor) in self._stand_ins:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            made = StandIn.of(value, tensor.dtype)
+        self._stand_ins[id(tensor)] = made
+        self._shapes[id(made)] = value
+        self._describe.recorded[id(made)] = id(tensor)
+        self._made.nodes[id(made)] = node
+
     def _value(self, tensor: Tensor) -> Tensor:
-        node = self._made.nodes.get(id(tensor))
-        return tensor if node is None else self._values(node)
+        return self._shapes.get(id(tensor), tensor)
 
     def _id_now(self, recorded: int) -> int:
         found = self._stand_ins.get(recorded)
@@ -233,6 +246,7 @@ class _ShapeRun:
         self._results: dict[Any, Any] = {}
         self._inputs = {name: self._twin(tensor) for name, tensor in inputs.items()}
         self._known: dict[fx.Node, Any] = {}
+        self._settled: set[fx.Node] = set()
 
     def __call__(self, node: fx.Node) -> Any:
         """Return the value of ``node``, without its values if it is a tensor."""
@@ -249,6 +263,13 @@ class _ShapeRun:
             else replace(spec, shape=tuple(self(node).shape))
             for node, spec in recorded.items()
         }
+
+    def settle(self, node: fx.Node, numbers: Mapping[Path, Any]) -> Any:
+        """Compute a value that a call of this run gives; what was computed ahead is forgotten."""
+        if numbers:
+            self._known = {n: value for n, value in self._known.items() if n in self._settled}
+        self._settled.add(node)
+        return self.compute(node, numbers)
 
     def compute(self, node: fx.Node, numbers: Mapping[Path, Any]) -> Any:
         """Compute the value of ``node`` with other ``numbers`` at these paths of its arguments.

@@ -121,6 +121,21 @@ def test_a_size_that_decides_makes_another_program(counts: Counts) -> None:
     assert counts == Counts(captures=1, checks=2)
 
 
+def test_tensors_that_are_written_to_later(counts: Counts) -> None:
+    """As Wav2Vec2 keeps from its mean what the mask leaves out."""
+
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        mask = torch.zeros(h.shape[:2], dtype=torch.bool)
+        mask[torch.arange(mask.shape[0]), x[..., 0].argmax(1)] = True
+        h = h * 2
+        h[~mask] = 0.0
+        return last(self, h)
+
+    assert_alike(lambda: toy(body), [batch(size) for size in SIZES])
+    assert counts == Counts(captures=0, checks=1)
+
+
 def test_another_number_of_parts_is_another_program(counts: Counts) -> None:
     def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
         parts = self.layers[0](x).split(3, 1)

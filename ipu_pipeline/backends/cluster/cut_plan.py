@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ipu_pipeline.capture.cut_tensors import expanded_plan
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.patches import configs_of
 from ipu_pipeline.checkpoint.slices import Slices
@@ -271,7 +272,7 @@ def _expanded(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not f"{path}.".startswith(inside or "\0"):
             inside = (*inside, f"{path}." if path else "")
-            own = module._expand_parallel_plan(dict(module.tp_plan or {}))
+            own = expanded_plan(module)
             found |= {f"{path}.{name}".lstrip("."): style for name, style in own.items()}
     return {name: style for name, style in found.items() if style != "replicate"}
 

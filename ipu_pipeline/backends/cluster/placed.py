@@ -206,7 +206,7 @@ class RankProgram(TorchFunctionMode):
             self._note_change(changed, where)
             return changed
         if where == self._all:
-            return result
+            return self._free(result)
         hidden = [tensor for tensor in found.values() if id(tensor) not in map(id, held)]
         return self._wrapped(result, where, hidden)
 
@@ -217,6 +217,14 @@ class RankProgram(TorchFunctionMode):
                 "(out=), and a stage of another rank holds a part of what it reads; use target="
                 "'local' for this model, or the form that returns a new tensor"
             )
+
+    def _free(self, result: Any) -> Any:
+        """Return what all ranks have computed; here it may share memory that this rank holds."""
+        if isinstance(result, tuple | list):
+            return _like(result, [self._free(item) for item in result])
+        if not isinstance(result, Tensor) or self._place(result) is None:
+            return result
+        return PlacedTensor.of(result, self._all, self._links.device)
 
     def _wrapped(self, result: Any, where: int, read: list[PlacedTensor]) -> Any:
         if isinstance(result, tuple | list):

@@ -11,7 +11,7 @@ import torch
 
 from ipu_pipeline.backends.cluster.inference import refuse
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.placed import RankProgram
+from ipu_pipeline.backends.cluster.placed import PlacedTensor, RankProgram
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.cluster.jobs import built
@@ -90,6 +90,21 @@ def test_what_is_not_here_has_a_shape_only() -> None:
     assert type(view.value) is torch.Tensor
     assert [type(wire) for wire in program._links.sent] == [torch.Tensor] * len(program._links.sent)
     assert (here.positions, there.positions, both.positions) == (3, 2, 2)
+
+
+def test_what_all_have_got_stays_everywhere_where_memory_is_held() -> None:
+    program, own, other = _program()
+    with program:
+        table = torch.zeros(2, 4)
+        table[:1] = own[:1]  # its memory is held here from now on
+        given = table.float()
+        program.send(given, 1)
+        same, pair = given.float(), given.split(1)  # as norms do: nothing is copied
+        placed = [torch.zeros(2, 4) + same, torch.zeros(1, 4) + pair[0]]
+        there = same * other[0]
+    assert all(type(one) is not PlacedTensor or one.positions == 3 for one in placed)
+    assert there.positions == 2
+    assert not program._links.sent[1:]
 
 
 def test_what_cannot_be_followed_is_refused() -> None:

@@ -1,19 +1,22 @@
-"""Functions with a backward pass of their own (``torch.autograd.Function``) in a program.
+"""Gradients that are not those of the forward pass.
 
-The device derives gradients from what the forward pass computes, and never calls the function's
-``backward``. So its gradient is compared once with the slope of its forward pass; a function that
-means another one (a straight-through estimator, an approximation) is refused.
+The device derives gradients from what the forward pass computes. It never calls the ``backward`` of
+a function of its own (``torch.autograd.Function``): its gradient is compared once with the slope of
+its forward pass, and a function that means another one (a straight-through estimator, an
+approximation) is refused. So is what comes of trained weights in a region without gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 
+from .host_values import tensors_of
 from .static_errors import refuse
 
 _STEP = 1e-5
@@ -21,11 +24,15 @@ _TOLERANCE = 1e-3
 
 
 @contextlib.contextmanager
-def gradients_checked() -> Iterator[None]:
+def gradients_checked(trained: Iterable[Tensor] = ()) -> Iterator[None]:
     """While it lasts, functions are compared when they are applied.
 
+    Args:
+        trained: Weights that have to get their gradients wherever they are used.
+
     Raises:
-        StaticGraphError: One has another gradient than its forward pass.
+        StaticGraphError: A function has another gradient than its forward pass; what comes of a
+            trained weight where gradients are switched off is used elsewhere.
     """
     own: Any = Function.__dict__["apply"]
     known = set()
@@ -39,9 +46,39 @@ def gradients_checked() -> Iterator[None]:
 
     Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:
-        yield
+        with _TrainedWeights(trained):
+            yield
     finally:
         Function.apply = own  # type: ignore[method-assign]
+
+
+class _TrainedWeights(TorchFunctionMode):
+    """Refuses to compute on with what comes of these weights where gradients are switched off."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = {id(weight) for weight in weights}
+        self._without: Dict[int, Tensor] = {}  # their results, kept so that ids stay theirs
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        computed = [t for t in tensors_of(result) if t.is_floating_point()]
+        if not computed or getattr(func, "__name__", "") == "detach":
+            return result
+        given = {id(t) for t in tensors_of((args, kwargs))}
+        if not torch.is_grad_enabled():
+            if given & self._weights or given & self._without.keys():
+                self._without.update((id(t), t) for t in computed)
+        elif given & self._without.keys():
+            raise refuse(
+                "uses what was computed from trained weights under torch.no_grad(), and the device "
+                "derives gradients there, too",
+                "leave no_grad out, or freeze these weights (requires_grad_(False))",
+            )
+        return result
 
 
 def _check(cls: Any, apply: Any, args: Any) -> None:

@@ -188,6 +188,8 @@ class ProgramMode(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "_set_grad_enabled":
+            return func(*args)
         if name in ACCEPTED:
             return self._property(func, name, self.current(args), kwargs)
         args, kwargs = self.current(args), self.current(kwargs)

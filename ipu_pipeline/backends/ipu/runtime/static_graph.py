@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +106,11 @@ class StaticProgram:
         model = self._model
         inputs = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in sample.items()}
         self._attributes = _plain_attributes(model)
-        with torch.no_grad(), _on_meta(model), self._running(inputs, [], learn=True):
-            model(**inputs)
+        # On meta no weight asks for a gradient; grad mode shows where the model switches it off.
+        with torch.set_grad_enabled(model.training), _on_meta(model) as trained:
+            checked = gradients_checked(trained) if model.training else contextlib.nullcontext()
+            with checked, self._running(inputs, [], learn=True):
+                model(**inputs)
             after = _plain_attributes(model)
         # What the forward pass itself writes is no setting of the user's.
         kept = {n: v for n, v in self._attributes.items() if after.get(n, v) == v}
@@ -175,8 +178,7 @@ class StaticProgram:
         for tensor in given:
             mode.mark(tensor)
         drawing = self.draws.running(model, given, learn=learn)
-        checked = gradients_checked() if learn and model.training else contextlib.nullcontext()
-        with static_graph(model), drawing, indexing_seen(), checked, mode:
+        with static_graph(model), drawing, indexing_seen(), mode:
             yield mode
         if mode.pending is not None:
             raise mode.pending.error
@@ -199,8 +201,11 @@ def _named_buffers(model: nn.Module) -> Iterator[Tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """While it lasts, parameters and buffers have no values; tied ones stay tied."""
+def _on_meta(model: nn.Module) -> Iterator[List[Tensor]]:
+    """While it lasts, parameters and buffers have no values; tied ones stay tied.
+
+    Yields what stands for parameters that are trained.
+    """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     made: Dict[int, Tensor] = {}
     before = []
@@ -213,7 +218,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
     try:
         for module, held, name, value in before:
             _put(module, held, name, made[id(value)])
-        yield
+        yield [made[id(value)] for *_, value in before if value.requires_grad]
     finally:
         for module, held, name, value in before:
             _put(module, held, name, value)

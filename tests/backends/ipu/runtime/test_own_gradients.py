@@ -72,3 +72,26 @@ def test_a_function_of_whole_numbers_has_no_gradient() -> None:
 
     with gradients_checked():
         assert torch.vmap(Next.apply)(torch.arange(2)).tolist() == [1, 2]
+
+
+def test_trained_weights_without_gradients_are_refused_in_training_only() -> None:
+    def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        with torch.no_grad():
+            y = x * m.weight
+        return y + m.weight
+
+    model = Toy(forward)
+    with pytest.raises(StaticGraphError, match=r"from trained weights under torch.no_grad\(\)"):
+        rehearsed(model.train(), batch())
+    rehearsed(model.eval(), batch())
+    model.weight.requires_grad_(False)
+    rehearsed(model.train(), batch())
+
+
+def test_places_found_without_gradients_are_accepted() -> None:
+    def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        with torch.no_grad():
+            first = (x * m.weight).topk(2).indices
+        return (x * m.weight).gather(-1, first)
+
+    rehearsed(Toy(forward).train(), batch())
