@@ -120,7 +120,9 @@ def trained(trainer, model, rows, collate, folder):
     made = trainer(model, arguments, train_dataset=rows, data_collator=collate)
     made.train()
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]
-    return losses, {name: value.clone() for name, value in model.state_dict().items()}
+    # a key's bias has no gradient but rounding, of which AdamW makes steps
+    kept = {n: v.clone() for n, v in model.state_dict().items() if not n.endswith("key.bias")}
+    return losses, kept
 
 
 @pytest.mark.parametrize("task", now(["SequenceClassification"], LABELS))
