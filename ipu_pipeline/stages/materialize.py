@@ -339,7 +339,7 @@ class _KeyedByName(TorchFunctionMode):
     def seed(self, name: str) -> None:
         """Seed torch by a name."""
         digest = blake2b(f"{self._seed} {name}".encode(), digest_size=7).digest()
-        torch.manual_seed(int.from_bytes(digest))
+        torch.manual_seed(int.from_bytes(digest, "big"))
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -273,7 +273,8 @@ class LiveSteps(TargetSteps):
             if isinstance(error, StageError) and failed:
                 n, run = failed[0]
                 assert run.error is not None
-                run.error.add_note(f"raised in the pipeline, for microbatch {n}: {error}")
+                notes = run.error.__dict__.setdefault("__notes__", [])  # add_note of Python 3.11
+                notes.append(f"raised in the pipeline, for microbatch {n}: {error}")
                 raise run.error from None
             raise
         finally:

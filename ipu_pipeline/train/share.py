@@ -30,7 +30,7 @@ class _Share(list[Any]):
     def __init__(self, samples: list[Any], indices: Sequence[int], *, others: bool) -> None:
         super().__init__(samples)
         text = " ".join(map(str, indices)).encode()
-        self.mark = 2 * int.from_bytes(blake2b(text, digest_size=6).digest()) + others
+        self.mark = 2 * int.from_bytes(blake2b(text, digest_size=6).digest(), "big") + others
 
 
 class ShareOfData(Dataset[Any]):

@@ -7,7 +7,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ipu_pipeline.train.trainer import PipelineSeq2SeqTrainer, PipelineTrainer
+
+# Its name in older transformers is the second.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 SCRIPTS = Path(__file__).parent / "scripts"
 THEIRS = "from transformers import Trainer  # isort: skip\n"

@@ -18,6 +18,7 @@ from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.backends.ipu.conftest import poptorch  # noqa: F401 - a fixture
 from tests.backends.ipu.emulated import assert_same_weights, sessions_of
 from tests.tiny_models import TINY
+from tests.train.helpers import CHECKPOINTING
 from tests.train.test_trainer_losses import bert_qa, marked
 
 IPUS = {"target": "poptorch", "machine": "pod4", "num_stages": 2}
@@ -165,7 +166,7 @@ def test_what_ipus_do_not_compute_is_refused_before_anything_runs(tmp_path) -> N
     with pytest.raises(ValueError, match="the loss is computed outside of the model"):
         evaluates.train()
     for changes, message in (
-        ({"activation_checkpointing": True}, "what IPUs recompute is the plan's to say"),
+        ({CHECKPOINTING: True}, "what IPUs recompute is the plan's to say"),
         ({"bf16": True}, "IPUs have no autocast and no bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):

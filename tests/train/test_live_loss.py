@@ -21,7 +21,7 @@ from ipu_pipeline.train.order import _described
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.later import in_turn, one_in
 from tests.tiny_models import TINY
-from tests.train.helpers import load_script
+from tests.train.helpers import CHECKPOINTING, load_script
 from tests.train.live_programs import PROGRAMS, cross_entropy, with_loss
 from tests.train.test_trainer_losses import arguments
 
@@ -164,7 +164,7 @@ def test_a_function_with_weights_of_its_own(tmp_path) -> None:
 
 def test_nothing_runs_twice_when_blocks_are_recomputed(tmp_path) -> None:
     make = PROGRAMS["parts_for_the_log"].make
-    options = {"activation_checkpointing": True}
+    options = {CHECKPOINTING: True}
     theirs = trained(make, Trainer, tmp_path, **options)
     ours = trained(make, PipelineTrainer, tmp_path, **options)
     assert_equal(theirs, ours)

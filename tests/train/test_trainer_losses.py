@@ -16,7 +16,7 @@ from ipu_pipeline.stages import captures
 from ipu_pipeline.train.optimizers import scale_gradients
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.tiny_models import TINY
-from tests.train.helpers import load_script
+from tests.train.helpers import CHECKPOINTING, load_script
 
 
 def arguments(tmp_path, **options: Any) -> TrainingArguments:
@@ -229,7 +229,7 @@ def test_float16_scales_and_skips_as_accelerate_does(tmp_path) -> None:
 
 
 def test_checkpointing_recomputes_every_block(tmp_path) -> None:
-    _, ours = both(CLASSES, bert_qa, tmp_path, marked(), {"activation_checkpointing": True})
+    _, ours = both(CLASSES, bert_qa, tmp_path, marked(), {CHECKPOINTING: True})
     executable = ours._steps.executable
     assert executable._cache.recompute == {block.name for block in ours.plan.blocks}
 
@@ -252,7 +252,7 @@ def test_noise_on_embeddings_is_that_of_transformers_also_when_resumed(tmp_path)
 
 
 def test_noise_on_embeddings_for_code_around_the_model(tmp_path) -> None:
-    options = {**NOISY, "label_smoothing_factor": 0.1, "activation_checkpointing": True}
+    options = {**NOISY, "label_smoothing_factor": 0.1, CHECKPOINTING: True}
     both(CLASSES, gpt2, tmp_path, copies(), options)
 
 
