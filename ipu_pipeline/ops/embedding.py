@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.dropout import FLOATS
+from ipu_pipeline.ops.linear import is_plain
 
 # Smaller tables, and those of fewer rows than so many for each id, gain nothing.
 _LEAST_ELEMENTS = 1 << 20
@@ -47,9 +48,7 @@ def fast_embedding(
         The rows; None for what torch computes as fast: small or frozen tables, other types and
         devices, and everything where the kernels are missing.
     """
-    if type(weight) not in (Tensor, nn.Parameter) or type(input) is not Tensor:
-        return None
-    if weight.dtype is not torch.float32 or weight.device.type != "cpu" or weight.dim() != 2:
+    if type(input) is not Tensor or weight.dim() != 2 or not is_plain(weight):
         return None
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return None

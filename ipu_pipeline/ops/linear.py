@@ -132,14 +132,21 @@ def _is_large(input: Tensor, weight: Tensor, *, transposed: bool) -> bool:
     return input.shape[-1] == inputs and input.numel() * outputs >= _LEAST_MULTIPLICATIONS
 
 
-def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a float32 tensor in the CPU's memory, which the kernels can take."""
     if weight.dtype is not torch.float32 or weight.device.type != "cpu":
         return False
     if type(weight) not in (Tensor, nn.Parameter):  # of a DTensor this is a slice only
         return False
-    if weight.dim() == 2 and 0 < weight.stride(0) == weight.stride(1) and min(weight.shape) > 1:
-        return False  # the library knows no memory whose rows overlap, which stand-ins have
-    return bias is None or (bias.dtype is torch.float32 and bias.dim() == 1)
+    if weight.dim() != 2 or min(weight.shape) <= 1:
+        return True
+    # The library knows no memory whose rows overlap, which stand-ins have.
+    return not 0 < weight.stride(0) == weight.stride(1)
+
+
+def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
+    fits = bias is None or (bias.dtype is torch.float32 and bias.dim() == 1)
+    return fits and is_plain(weight)
 
 
 @functools.cache
