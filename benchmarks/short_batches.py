@@ -40,12 +40,12 @@ def main() -> None:
         cases["full, not compared"] = FULL
         found: dict[str, list[float]] = {name: [] for name in cases}
         compared: list[float] = []
-        check = made._batch_check.check
+        check = made._passes.batch_check.check
         for round_ in range(ROUNDS):
             for name in random.Random(round_).sample(list(cases), len(cases)):
-                made._batch_check.check = (lambda *_: None) if "not" in name else check
+                made._passes.batch_check.check = (lambda *_: None) if "not" in name else check
                 found[name].append(_step(made, batch, cases[name]))
-            made._batch_check.check = check
+            made._passes.batch_check.check = check
             compared.append(_comparison(made, batch))
         captures = [_capture(made, batch, size) for size in (1, 3)]
     if dist.get_rank() == 0:
@@ -84,7 +84,7 @@ def _capture(made: Any, batch: dict[str, torch.Tensor], size: int) -> float:
     started = time.perf_counter()
     made.model.train()
     with torch.enable_grad():
-        made._cache.prepare([Microbatch(0, part, size, 1.0)])
+        made._passes.cache.prepare([Microbatch(0, part, size, 1.0)])
     return time.perf_counter() - started
 
 
@@ -93,7 +93,7 @@ def _comparison(made: Any, batch: dict[str, torch.Tensor], times: int = 50) -> f
     dist.barrier()
     started = time.perf_counter()
     for _ in range(times):
-        made._batch_check.check("training", 0, batch)
+        made._passes.batch_check.check("training", 0, batch)
     seconds = torch.tensor([(time.perf_counter() - started) / times])
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)

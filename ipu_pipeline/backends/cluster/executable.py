@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
-from ipu_pipeline.backends.cluster.cut_plan import (
-    refuse_attentions,
-    refuse_between_blocks,
-    refuse_whole_tensors,
-)
+from ipu_pipeline.backends.cluster.cut_plan import refuse_whole_tensors
 from ipu_pipeline.backends.cluster.inference import (
     agreed,
     call_on_ranks,
@@ -26,39 +21,23 @@ from ipu_pipeline.backends.cluster.inference import (
     refuse,
 )
 from ipu_pipeline.backends.cluster.joining import Joining, read_own_weights, slices_of
-from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
+from ipu_pipeline.backends.cluster.passes import RankPasses
 from ipu_pipeline.backends.cluster.row_slices import RowSlices, row_plan
 from ipu_pipeline.backends.cluster.sharding import (
-    Ownership,
     OwnParameters,
     collect_states,
-    find_ownership,
     grad_norm,
     keep_own_states,
-    kept_aside,
-    same_buffers,
-    sharded,
-    share_buffers,
-    sum_over_ranks,
     update,
 )
-from ipu_pipeline.backends.cluster.shares import BatchShares
 from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.calls import check_call
-from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
-from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
-from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
-from ipu_pipeline.stages.piecewise_loss import PiecewiseLogits
-from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
-from ipu_pipeline.stages.training import in_evaluation, kept_modes
-from ipu_pipeline.stages.vocabulary import whole_table
+from ipu_pipeline.stages.materialize import is_on_meta
+from ipu_pipeline.stages.training import in_evaluation
 
 
 class DistributedExecutable(Executable):
@@ -109,27 +88,16 @@ class DistributedExecutable(Executable):
             self._masters,
         )
         self._known_optimizer = optimizer
-        self._ownership: Ownership | None = None
-        self._changing: list[Tensor] = []
-        self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
-        self._cache = StageCache(
+        self._passes = RankPasses(
             model,
             plan,
-            options.precision,
-            recompute=recomputed_blocks(options.recompute, plan),
-            # Stand-ins tell nothing about gradients.
-            self_check=options.self_check and self._holds_all,
-            on_drop=self._pipelines.drop,
-            offload=offloaded_blocks(options.offload_activations, plan, device),
-            compile_blocks=options.compile_blocks,
+            options,
+            self.groups,
+            self._slices,
+            self._own,
+            device,
+            holds_all=self._holds_all,
         )
-        wish = options.loss_weights
-        self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
-        losses = LossShares(model, wish, plan.granularity)
-        self._shares = BatchShares(
-            plan, self.groups, self._cutter, self._cache, losses, options.batches
-        )
-        self._batch_check = BatchCheck(self.groups, apart=self._shares.apart)
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -149,14 +117,13 @@ class DistributedExecutable(Executable):
         optimizer = self.trained_optimizer()
         with self._running("a training step"):
             scaling = self._scaler.factor
-            cut = self._training_parts(batch)
-            parts, losses, ownership = self._accumulate(cut, scaling, for_update=True)
-            own = ownership.held(self.model)
+            passes, step = self._passes, self.global_step
+            made = passes.accumulate(passes.cut(batch, step), step, scaling, for_update=True)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(
                     optimizer,
-                    own,
-                    ownership,
+                    made.ownership.held(self.model),
+                    made.ownership,
                     self.groups,
                     loss_scaling=scaling,
                     max_grad_norm=self.options.max_grad_norm,
@@ -164,8 +131,7 @@ class DistributedExecutable(Executable):
                     slices=self._slices,
                 )
             self._scaler.update(skipped=done.skipped)
-            own_samples = sum(part.num_samples for part in parts)
-            loss, samples = self._shares.total([_weighted(parts, losses), own_samples])
+            loss, samples = passes.shares.total([made.loss, made.num_samples])
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, int(samples)))
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
@@ -176,9 +142,9 @@ class DistributedExecutable(Executable):
         """
         self.options.require_training()
         with self._running("a forward and backward pass"):
-            cut = self._training_parts(batch)
-            own = _weighted(*self._accumulate(cut, 1.0, for_update=False)[:2])
-            return self._shares.total([own])[0]
+            passes, step = self._passes, self.global_step
+            made = passes.accumulate(passes.cut(batch, step), step)
+            return passes.shares.total([made.loss])[0]
 
     def forward_backward_parts(
         self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
@@ -202,16 +168,14 @@ class DistributedExecutable(Executable):
         """
         self.options.require_training()
         with self._running("a forward and backward pass"):
-            self._batch_check.check("training", self.global_step, *parts)
-            none = self._shares.apart and not parts
-            cut = [] if none else cut_batches(parts, weights, self.groups.device)
-            cut = self._shares.numbered(cut, first)
-            return self._accumulate(cut, 1.0, for_update=False)[1]
+            step = self.global_step
+            cut = self._passes.given(parts, weights, first, step)
+            return self._passes.accumulate(cut, step).losses
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Return sums of what each replica has counted of its share of the batches."""
         with self._running("adding up what the replicas have"):
-            return self._shares.total(numbers)
+            return self._passes.shares.total(numbers)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip gradients as ``torch.nn.utils.clip_grad_norm_``; return their norm over all ranks.
@@ -220,13 +184,13 @@ class DistributedExecutable(Executable):
         """
         with self._running("clipping gradients"):
             own = [p for p in parameters if p.grad is not None]
-            norm = grad_norm(own, self._known_ownership(), self.groups, self._slices)
+            norm = grad_norm(own, self._passes.known_ownership(), self.groups, self._slices)
             clip_grads_with_norm_(own, max_norm, norm)
         return norm
 
     def share_of(self, num_samples: int) -> slice:
         """Return which samples of a batch this process passes to a training step."""
-        return self._shares.of(num_samples)
+        return self._passes.shares.of(num_samples)
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -238,17 +202,7 @@ class DistributedExecutable(Executable):
             StageError: This process or another one failed.
         """
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
-            self._batch_check.check("evaluation", self.global_step, batch)
-            share_buffers(self._changing, self.groups)
-            with self._looking():
-                cut = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
-            try:
-                stages, parts = self._prepared(cut, training=False)
-            except MixedSamplesError as error:
-                cut = self._cutter.whole(cut.batch, cut.found, str(error))
-                stages, parts = self._prepared(cut, training=False)
-            results = evaluate(stages, self._inputs(parts), self.groups)
-            return shared(parts, results, self.groups, cut.found.outputs, stages[0][0].order)
+            return self._passes.evaluate(batch, self.global_step)
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; every process gets all.
@@ -258,15 +212,7 @@ class DistributedExecutable(Executable):
             StageError: This process or another one failed.
         """
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
-            self._batch_check.check("evaluation", self.global_step, *parts)
-            share_buffers(self._changing, self.groups)
-            cut = cut_batches(parts, [1.0] * len(parts), self.groups.device)
-            stages, ready = self._prepared(cut, training=False)
-            results = evaluate(stages, self._inputs(ready), self.groups)
-            return [
-                shared([part], [found], self.groups, {}, own[0].order)
-                for part, found, own in zip(ready, results, stages, strict=True)
-            ]
+            return self._passes.evaluate_parts(parts, self.global_step)
 
     def _call_model(
         self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -277,9 +223,9 @@ class DistributedExecutable(Executable):
         what = "generation" if name == "generate" else "a forward pass"
         with self._running(what), in_evaluation(self.model), torch.no_grad():
             named = [{**{str(n): arg for n, arg in enumerate(a)}, **k} for a, k in calls]
-            self._batch_check.check(what, self.global_step, *named)
-            share_buffers(self._changing, self.groups)
-            changing = agreed(self.model, self._changing, self.groups)
+            self._passes.batch_check.check(what, self.global_step, *named)
+            self._passes.share_buffers()
+            changing = agreed(self.model, self._passes.changing, self.groups)
             results = call_on_ranks(self.model, self.plan, self.groups, changing, name, calls)
             if name == "generate":
                 check_same_tokens(results, self.groups)
@@ -303,10 +249,11 @@ class DistributedExecutable(Executable):
             return self._slices.state_dict(self.model)
 
     def _collect_weights(self) -> None:
-        if self._ownership is not None:
+        ownership = self._passes.ownership
+        if ownership is not None:
             with self._running("collecting weights"):
-                share_buffers(self._changing, self.groups)
-                collect_weights(self.model, self._ownership, self.groups)
+                self._passes.share_buffers()
+                collect_weights(self.model, ownership, self.groups)
 
     def make_whole(self, optimizer: torch.optim.Optimizer | None, *, stale: bool) -> None:
         """Put all of every weight into the model, for its owner to read; whole, not slices.
@@ -341,12 +288,13 @@ class DistributedExecutable(Executable):
         Of weights that are cut it is collected after :meth:`make_whole`.
         """
         with self._running("collecting the optimizer's state"):
-            if self._ownership is not None:
-                collect_states(optimizer, self._ownership, self.groups)
+            ownership = self._passes.ownership
+            if ownership is not None:
+                collect_states(optimizer, ownership, self.groups)
 
     def keep_own_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop what an optimizer of the caller's keeps of parameters that are updated elsewhere."""
-        keep_own_states(optimizer, self._known_ownership())
+        keep_own_states(optimizer, self._passes.known_ownership())
 
     def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write one checkpoint of the whole model; every rank writes what it owns.
@@ -356,7 +304,9 @@ class DistributedExecutable(Executable):
         """
         with self._running("saving a checkpoint"):
             scaling, step = self._scaler.state(), self.global_step
-            return self._checkpoints.save(path, self._ownership, step, scaling, *args, **options)
+            return self._checkpoints.save(
+                path, self._passes.ownership, step, scaling, *args, **options
+            )
 
     def broadcast(self, value: T) -> T:
         """Return what the first process has passed, as a copy."""
@@ -374,7 +324,7 @@ class DistributedExecutable(Executable):
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         self._raise_error_of_last_save()
         with self._running("loading a checkpoint"):
-            info = self._checkpoints.load(path, self._ownership)
+            info = self._checkpoints.load(path, self._passes.ownership)
             self.global_step = info.global_step
             self._scaler.load(info.loss_scaling)
         return info.extra
@@ -400,7 +350,7 @@ class DistributedExecutable(Executable):
         if self.groups.vocabulary is not None:
             self.groups.vocabulary.close(wait=self._watchdog.failure is None)
         self._watchdog.close()
-        self._pipelines.clear()
+        self._passes.close()
         if self._watchdog.failure is None:
             self.groups.close()
             self._job.leave()
@@ -438,121 +388,3 @@ class DistributedExecutable(Executable):
             raise LoweringError("this executable was closed; compile the model again")
         with self._watchdog.guarding(what, self.global_step):
             yield
-
-    def _looking(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the region in which the whole model may run: captures, losses, axes."""
-        region = contextlib.ExitStack()
-        if not self._holds_all:
-            region.enter_context(freed_at_once())
-        region.enter_context(self._slices.whole_stand_ins())
-        if self._rows is not None:
-            region.enter_context(PiecewiseLogits(whole_table(self.model, self.plan)))
-        return region
-
-    def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
-        self._batch_check.check("training", self.global_step, batch)
-        with self._looking():
-            return self._shares.cut(batch)
-
-    def _accumulate(
-        self, cut: CutBatch | Sequence[Microbatch], loss_scaling: float, *, for_update: bool
-    ) -> tuple[list[Microbatch], list[float], Ownership]:
-        """Return the microbatches, the loss of each, and who owns what."""
-        with torch.enable_grad(), casts_of_one_step():
-            stages, parts = self._prepared(cut, training=True)
-            ownership = self._settle_ownership(stages[0]) if stages else self._known_ownership()
-            share_buffers(self._changing, self.groups)
-            buffers = same_buffers(self.model, self._changing)
-            with kept_aside(ownership.held(self.model)), buffers, kept_modes(self.model):
-                pairs = self._shares.own(list(zip(parts, stages, strict=True)))
-                own = self._pipelines.run(pairs, self._inputs(), loss_scaling)
-                with self._watchdog.activity.during("summing gradients"):
-                    sum_over_ranks(
-                        self.model,
-                        ownership,
-                        self.groups,
-                        for_update=for_update,
-                        slices=self._slices,
-                    )
-        found = [own.get(part.index, 0.0) for part in parts]
-        if not self._shares.apart and self._slices.index:
-            found = [0.0] * len(found)  # ranks that share products all have the same loss
-        group = self.groups.pipeline if self._shares.apart else None
-        return parts, self.groups.sum_numbers(found, group), ownership
-
-    def _prepared(
-        self, cut: CutBatch | Sequence[Microbatch], *, training: bool
-    ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
-        """Run the model's glue for all microbatches that were given, also of other replicas.
-
-        Those of a batch that was cut here are weighed as its loss means it.
-
-        What Python counts and draws is then the same on all ranks; and what cannot be captured is
-        refused by all of them, so that nobody waits for the one that does.
-        """
-        with self._looking():
-            given = cut.parts if isinstance(cut, CutBatch) else cut
-            if self._slices.size > 1:
-                refuse_attentions(any(p.inputs.get("output_attentions") for p in given))
-            with self._shares.noting_draws():
-                stages, prepared = self._cache.prepare(given)
-            for own in {id(own): own for own in stages}.values():
-                refuse_between_blocks(own, self._slices)
-            if any(stage.in_order for own in stages for stage in own):
-                self._refuse_other_order(len(prepared))
-            self._batch_check.check_glue(self.global_step, given, prepared, stages)
-            if not isinstance(cut, CutBatch):
-                if training:
-                    self._shares.check_parts(given)
-                return stages, prepared
-            return stages, self._shares.weighted(cut, prepared, stages, training=training)
-
-    def _refuse_other_order(self, num_microbatches: int) -> None:
-        one = self.plan.num_stages == self.plan.replicas == 1
-        if not one or (
-            (self.options.schedule or self.plan.schedule) != "1f1b" and num_microbatches > 1
-        ):
-            raise LoweringError(
-                f"blocks of {type(self.model).__name__} draw from generators of Python or numpy, "
-                "or read what the backward pass changes, so that a microbatch must end before the "
-                "next one begins; processes run several at a time: draw with torch, whose numbers "
-                "do not depend on the split, use target='local', or one stage and schedule='1f1b'"
-            )
-
-    def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
-        options, device = self.options, self.groups.device
-        return StepInputs(parts, options.seed, self.global_step, options.precision, device=device)
-
-    def _known_ownership(self) -> Ownership:
-        if self._ownership is None:
-            raise LoweringError(
-                "which process has which gradients is known after the first forward and backward "
-                "pass; run one before"
-            )
-        return self._ownership
-
-    def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
-        """Find out who holds what, at the first capture; it does not depend on the shape."""
-        if self._ownership is None:
-            layout = self.groups.layout
-            named = dict(self.model.named_parameters(remove_duplicate=False))
-            found = find_ownership(stages, layout, self._rows, named)
-            own = [p for index in layout.own_stages for p in stages[index].programs]
-            changing = {id(t): t for program in own for t in program.changing.values()}
-            self._changing = [t for t in changing.values() if not isinstance(t, nn.Parameter)]
-            self.groups.make_holders(sorted({s for s in found.holders.values() if len(s) > 1}))
-            if self._own is not None:
-                if self.options.replicated_tensor_sharding and layout.num_replicas > 1:
-                    parameters = list(self.model.parameters())
-                    found = sharded(
-                        found, parameters, layout.num_replicas, self._own.trains, self._slices
-                    )
-                self._own.keep(found)
-            self._ownership = found
-        return self._ownership
-
-
-def _weighted(parts: Sequence[Microbatch], losses: Sequence[float]) -> float:
-    """Return the weighted sum of the losses; one of weight 0 may have none (NaN)."""
-    pairs = zip(parts, losses, strict=True)
-    return sum(loss * part.share for part, loss in pairs if part.share)

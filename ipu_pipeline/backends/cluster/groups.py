@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
@@ -52,10 +52,15 @@ class Groups:
         self.slices = mesh[slices]
         # A step that fails leaves messages behind, which the next executable must not receive. On
         # GPUs another group is memory, and such messages stop all that follows on the device.
-        if device.type == "cpu" and layout.num_ranks > 1:
+        if device.type == "cpu" and dist.get_world_size() > 1:
             self.world = dist.new_group()
             if self.pipeline is dist.group.WORLD:
                 self.pipeline = self.world
+            if self.replicas is dist.group.WORLD:
+                self.replicas = self.world
+            if self.slices.get_group() is dist.group.WORLD:
+                names = (slices,)
+                self.slices = DeviceMesh.from_group(self.world, "cpu", mesh_dim_names=names)
         self.ranks = ranks
         self.waiter = ranks.waiter
         self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}

@@ -101,13 +101,13 @@ def lengths(
     """Train and evaluate on batches of (samples, length), with at most ``limit`` shapes."""
     made, _ = made_for(name, target=target, planned=planned, **options)
     if limit is not None:
-        made._cache._shapes.limit = limit
+        made._passes.cache._shapes.limit = limit
     found_losses, kept = [], []
     with made, Messages() as messages:
         for samples, seq_length in calls:
             batch = TINY[name].batch(batch_size=samples, seq_length=seq_length, seed=samples)
             found_losses += [made.train_step(batch).loss, made.eval_step(batch).loss]
-            kept.append((len(made._cache._shapes), len(getattr(made, "_pipelines", ()))))
+            kept.append((len(made._passes.cache._shapes), len(getattr(made, "_pipelines", ()))))
         total = sum(t.double().sum().item() for t in made.state_dict().values())
     return {"losses": found_losses, "sum": total, "kept": kept, "messages": messages.found}
 

@@ -5,7 +5,7 @@ forward pass, the backward pass, the optimizer step and the writing of a checkpo
 agent (what ``torchrun`` runs) starts the processes again. A restarted run must reach the same
 losses and weights bit for bit as one that was left alone, and every checkpoint found after the
 kill must load. ``--tp`` lets the ranks share every product, ``--rank-local`` lets each read its own
-weights only.
+weights only, ``--replicas`` lets both have all weights and each a part of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -214,11 +214,13 @@ def main() -> int:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
     parser.add_argument("--torchrun-every", type=int, default=0, help="use the command itself")
     parser.add_argument("--async-save", action="store_true")
-    parser.add_argument("--tp", action="store_true", help="the ranks share every product")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--tp", action="store_true", help="the ranks share every product")
+    shared.add_argument("--replicas", action="store_true", help="divide the optimizer's state")
     parser.add_argument("--rank-local", action="store_true", help="each reads its own weights")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(tp=2 if given.tp else 1)
+        setup = Setup(tp=1 + given.tp, replicas=1 + given.replicas)
         if given.rank_local:
             setup = replace(setup, weights=f"{folder}/weights")
             model, _ = TINY[setup.model].build(seed=0)

@@ -38,16 +38,23 @@ class Setup:
 
     Attributes:
         tp: Processes that share every product; they are one stage each otherwise.
+        replicas: Processes that have all of the model, and a part of the optimizer's state.
         weights: Folder from which each process reads its own weights; empty: all have all.
     """
 
     tp: int = 1
+    replicas: int = 1
     weights: str = ""
 
     @property
     def model(self) -> str:
         """Name of the model."""
         return MODELS[self.tp]
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        return 2 // (self.tp * self.replicas)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,9 @@ def work(
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     model, example = TINY[how.model].build(dropout=True, seed=0)
     found = inspected(output, how.model) if rank == 0 and attempt else {}
-    plan = ipp.plan(model, example, num_stages=2 // how.tp, microbatches=MICROBATCHES)
+    plan = ipp.plan(
+        model, example, num_stages=how.num_stages, microbatches=MICROBATCHES, replicas=how.replicas
+    )
     if how.tp > 1:
         plan = replace(plan, machine=machine_by_name("h100-x8"), settings={"tp": how.tp})
     if how.weights:
@@ -118,6 +127,7 @@ def work(
         logging_steps=1,
         dataloader_drop_last=True,
         resume_from_checkpoint="auto",
+        replicas=how.replicas,
         disable_tqdm=True,
         **options,
     )
@@ -130,6 +140,7 @@ def work(
         max_grad_norm=arguments.max_grad_norm,
         seed=arguments.seed,
         weights=how.weights or None,
+        replicated_tensor_sharding=how.replicas > 1,
     )
     with compiled as made:
         saves = Saves(made, output, None if kill is None or attempt else Kill(**kill))
@@ -146,7 +157,7 @@ def work(
             "history": [comparable(entry) for entry in result.log_history],
             "weights": {n: digest(t) for n, t in state.items()},
             "found": found,
-            "modules": modules_of(model, plan) * how.tp,
+            "modules": modules_of(model, plan) * (2 // how.num_stages),
         }
         (Path(folder) / "result.json").write_text(json.dumps(content))
 

@@ -114,3 +114,31 @@ def absent_at_the_start(planned: dict[str, Any]) -> str:
     except ipp.errors.StageError as error:
         return str(error)
     return "started"
+
+
+def after_an_error(planned: dict[str, Any], where: str, rank: int) -> list[float]:
+    """Let a rank fail in a second step; return the losses of another executable that follows."""
+    made, batch = compiled("bert-qa", planned=planned)
+
+    def fail(*_: Any) -> None:
+        if made.global_step == 1 and dist.get_rank() == rank:
+            _raise()
+
+    def backward(*seen: Any) -> None:
+        _first(seen[-1]).register_hook(fail)
+
+    for layer in made.model.bert.encoder.layer:
+        if where == "forward":
+            layer.register_forward_pre_hook(fail)
+        elif where == "backward":
+            layer.register_forward_hook(backward)
+    if where == "optimizer":
+        made.optimizer.register_step_pre_hook(fail)
+    made.train_step(batch)
+    try:
+        made.train_step(batch)
+    except ipp.errors.StageError:
+        made.close()
+    again, batch = compiled("bert-qa", planned=planned)
+    with again:
+        return [again.train_step(batch).loss for _ in range(3)]

@@ -212,8 +212,8 @@ def two_sums(name: str, planned: dict[str, Any], **options: Any) -> dict[str, An
 
 
 def held(made: DistributedExecutable, parameter: nn.Parameter) -> bool:
-    assert made._ownership is not None
-    return made._ownership.is_held(parameter)
+    assert made._passes.ownership is not None
+    return made._passes.ownership.is_held(parameter)
 
 
 def digest(tensor: Tensor) -> str:

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import PipelineError
@@ -23,6 +22,7 @@ from tests.backends.cluster import jobs
 from tests.backends.cluster.jobs import built, compiled, digest
 from tests.tiny_models import TINY, TinyModel
 
+MAX_NORM = 0.5
 _LLAMA = TINY["llama"]
 _SMALL = {**_LLAMA.options, "num_hidden_layers": 2, "head_dim": 8}
 
@@ -32,9 +32,12 @@ def _like(config: str, **changes: Any) -> TinyModel:
 
 
 MODELS = {
-    "llama-tied": replace(_LLAMA, options={**_SMALL, "tie_word_embeddings": True}),
+    "llama-tied": replace(_LLAMA, options={**_LLAMA.options, "tie_word_embeddings": True}),
     "mixtral-wide": replace(
         TINY["mixtral"], options={**TINY["mixtral"].options, "num_key_value_heads": 4}
+    ),
+    "mixtral-dropout": replace(
+        TINY["mixtral"], options={**TINY["mixtral"].options, "attention_dropout": 0.1}
     ),
     "llama-dropout": replace(_LLAMA, options={**_LLAMA.options, "attention_dropout": 0.1}),
     "qwen3": _like("Qwen3Config"),
@@ -50,7 +53,11 @@ MODELS = {
     "cohere": _like("CohereConfig"),
     "starcoder2": _like("Starcoder2Config", use_bias=True),
     "starcoder2-dropout": _like(
-        "Starcoder2Config", embedding_dropout=0.1, residual_dropout=0.1, tie_word_embeddings=True
+        "Starcoder2Config",
+        embedding_dropout=0.1,
+        residual_dropout=0.1,
+        tie_word_embeddings=True,
+        num_hidden_layers=4,
     ),
     "deepseek-v3": _like(
         "DeepseekV3Config",
@@ -87,25 +94,30 @@ def trained(
     name: str, planned: dict[str, Any], steps: int, path: str = "", load: str = "", **options: Any
 ) -> dict[str, Any]:
     """Load if asked, train with clipping, save if asked, train on; read it as users do."""
-    options = {"max_grad_norm": 0.5, "learning_rate": 1e-2, **options}
+    options = {"max_grad_norm": MAX_NORM, **options}
     made, batch = compiled(name, planned=planned, **options)
     with made:
         if load:
             made.load_checkpoint(load)
         results = [made.train_step(batch) for _ in range(steps)]
         held = sum(p.nbytes for p in made.model.parameters())
+        own = {}
+        if options.get("target") != "local":
+            parameters = [(n, p) for n, p in made.model.named_parameters() if jobs.held(made, p)]
+            own = {n: digest(made._slices.whole(p, p)) for n, p in parameters}
         state = {n: digest(t) for n, t in made.state_dict().items()}
         if path:
             made.save_checkpoint(path, blocking=False)
             results += [made.train_step(batch) for _ in range(steps)]
     read = {}
     if path and made.groups.layout.rank == 0:
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model = type(made.model).from_pretrained(path)
         read = {n: digest(t) for n, t in model.state_dict().items()}
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "held": held,
+        "own": own,
         "state": state,
         "read": read,
     }
@@ -117,7 +129,7 @@ def continued(name: str, planned: dict[str, Any], steps: int, paths: list[str]) 
 
     ``dcp`` is what torch.distributed.checkpoint reads, each process a quarter of every tensor.
     """
-    made, batch = compiled(name, planned=planned, max_grad_norm=0.5, learning_rate=1e-2)
+    made, batch = compiled(name, planned=planned, max_grad_norm=MAX_NORM)
     found = []
     with made:
         for path in paths:

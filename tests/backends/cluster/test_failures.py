@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes, start_server
 from tests.later import every_second, now
 
@@ -177,3 +178,20 @@ def test_a_rank_that_never_comes_back_ends(answers: Answers, job: Job) -> None:
 def test_a_rank_that_dies_before_it_starts_is_missed(answers: Answers, job: Job) -> None:
     first, _ = answers[job]
     assert "rank 1 has not started" in first[1]
+
+
+@pytest.mark.parametrize(
+    "planned", now([{"num_stages": 1, "replicas": 2}], [{"num_stages": 1, "replicas": 2}, TWO])
+)
+@pytest.mark.parametrize("where", now(["forward"], ["forward", "backward", "optimizer"]))
+def test_what_an_error_leaves_behind_reaches_no_later_executable(
+    planned: dict[str, Any], where: str
+) -> None:
+    processes = Processes(2)
+    found = processes.run("fault_jobs.after_an_error", planned=planned, where=where, rank=0)
+    processes.close()
+    batches = {"num_stages": 1, "microbatches": 4 * planned.get("replicas", 1)}
+    made, batch = jobs.compiled("bert-qa", planned=batches, target="local")
+    with made:
+        expected = [made.train_step(batch).loss for _ in range(3)]
+    assert found == [pytest.approx(expected, rel=1e-6)] * 2

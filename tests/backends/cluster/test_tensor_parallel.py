@@ -28,32 +28,8 @@ from tests.backends.cluster import slice_jobs
 from tests.backends.cluster.matrix import difference
 from tests.backends.cluster.processes import Processes
 from tests.backends.cluster.slice_jobs import MODELS
+from tests.backends.cluster.test_meshes import MESHES, check_gradients, local
 from tests.tiny_models import TINY
-
-# (dp, pp, tp) of one batch of 4 microbatches.
-MESHES: dict[tuple[int, int, int], dict[str, Any]] = {
-    (1, 2, 2): {"num_stages": 2, "tp": 2},
-    (2, 1, 2): {"num_stages": 1, "tp": 2, "replicas": 2, "microbatches": 2},
-    (2, 2, 1): {"num_stages": 2, "replicas": 2, "microbatches": 2},
-    (4, 1, 1): {"num_stages": 1, "replicas": 4, "microbatches": 1},
-    (1, 1, 4): {"num_stages": 1, "tp": 4},
-    (1, 4, 1): {"num_stages": 4},
-}
-
-
-def check_gradients(found: list[dict[str, Any]]) -> None:
-    assert set().union(*(rank["found"] for rank in found)) == found[0]["expected"]
-    for rank in found:
-        assert rank["loss"] == pytest.approx(rank["expected_loss"], rel=1e-6)
-        assert rank["error"] < 1e-6
-        assert rank["own_error"] < 1e-3
-
-
-def local(name: str, steps: int) -> list[float]:
-    losses: list[float] = slice_jobs.trained(
-        name=name, planned={"num_stages": 1}, steps=steps, target="local"
-    )["losses"]
-    return losses
 
 
 def test_it_trains_as_one_process_and_a_checkpoint_loads_under_another_mesh(
@@ -70,40 +46,6 @@ def test_it_trains_as_one_process_and_a_checkpoint_loads_under_another_mesh(
     again = four.run("slice_jobs.trained", name=name, planned=MESHES[2, 1, 2], steps=2, load=path,
                      replicated_tensor_sharding=True)  # fmt: skip
     assert difference(again[0]["losses"], expected[2:]) < 1e-5
-
-
-@pytest.mark.acceptance
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("name", "half"), [("llama-tied", 25), ("mixtral-wide", 5), ("starcoder2-dropout", 5)]
-)
-def test_every_mesh_gives_the_losses_of_one_process(
-    four: Processes, tmp_path: Path, name: str, half: int
-) -> None:
-    """Losses with clipping; a checkpoint of any mesh loads under any other, bit by bit."""
-    meshes = [m for (*_, tp), m in MESHES.items() if tp < 4 or "wide" in name]
-    paths = [str(tmp_path / str(number)) for number in range(len(meshes))]
-    expected = local(name, 2 * half)
-    saved: list[dict[str, Any]] = []
-    for path, planned in zip(paths, meshes, strict=True):
-        given = {"name": name, "planned": planned, "steps": half, "path": path}
-        saved += four.run("slice_jobs.trained", **given)[:1]
-        assert difference(saved[-1]["losses"], expected) < 1e-5
-        assert saved[-1]["read"] == saved[-1]["state"]  # by from_pretrained
-    for planned in meshes:
-        found = four.run("slice_jobs.continued", name=name, planned=planned, steps=3, paths=paths)
-        for before, after in zip(saved, found[0], strict=True):
-            assert after["state"] == before["state"]
-            assert after["dcp"].items() <= before["state"].items()
-            assert difference(after["losses"], expected[half : half + 3]) < 1e-5
-
-
-@pytest.mark.acceptance
-@pytest.mark.parametrize("schedule", ["zbv", "interleaved", "dualpipev"])
-def test_schedules(four: Processes, schedule: str) -> None:
-    planned = {"num_stages": 4, "tp": 2}
-    check_gradients(four.run("slice_jobs.gradients", name="mixtral", planned=planned,
-                             schedule=schedule, recompute="all"))  # fmt: skip
 
 
 @pytest.mark.acceptance

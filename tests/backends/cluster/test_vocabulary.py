@@ -61,9 +61,20 @@ def check(found: list[dict[str, Any]]) -> None:
 
 
 def test_curves_checkpoints_and_other_splits(two: Processes, tmp_path: Path) -> None:
-    found = two.run("vocabulary_jobs.train_and_reload", planned=EVEN, path=str(tmp_path / "one"))
-    planned = {"dropout": True, "num_stages": 2}
-    made, batch = jobs.compiled("gpt2-lm", target="local", planned=planned, max_grad_norm=0.5)
+    check_curves(two, EVEN, tmp_path)
+
+
+@pytest.mark.acceptance
+def test_curves_and_checkpoints_of_replicas(four: Processes, tmp_path: Path) -> None:
+    check_curves(four, {**EVEN, "replicas": 2, "microbatches": 2}, tmp_path)
+
+
+def check_curves(processes: Processes, planned: dict[str, Any], folder: Path) -> None:
+    found = processes.run(
+        "vocabulary_jobs.train_and_reload", planned=planned, path=str(folder / "one")
+    )
+    local = {"dropout": True, "num_stages": 2}
+    made, batch = jobs.compiled("gpt2-lm", target="local", planned=local, max_grad_norm=0.5)
     with made:
         expected = [made.train_step(batch) for _ in range(4)]
     losses, norms = [one.loss for one in expected], [one.grad_norm for one in expected]
@@ -76,8 +87,9 @@ def test_curves_checkpoints_and_other_splits(two: Processes, tmp_path: Path) -> 
             assert again == pytest.approx(rank["after"], rel=1e-5)
         assert rank["moments"] == 2 * rank["held"]
         assert rank["shape"][0] == VOCAB
-    assert found[0]["state"] == found[1]["state"]
-    assert sum(rank["held"] for rank in found) == whole, "nothing is held twice"
+        assert rank["state"] == found[0]["state"]
+    copies = planned.get("replicas", 1)
+    assert sum(rank["held"] for rank in found) == copies * whole, "nothing is held twice"
 
 
 def test_replicas_train_as_one(four: Processes) -> None:

@@ -149,10 +149,11 @@ def fused_loss(block: Block, *, backward: bool) -> tuple[OpRecord, ...]:
 def logits(block: Block) -> int:
     """Number of logits that a head makes or a loss reads."""
     if block.kind == "head":
-        return max((_written(op) for op in block.forward_ops if op.flops), default=0)
+        return max((written(op) for op in block.forward_ops if op.flops), default=0)
     return max((prod(op.shapes[0]) for op in block.forward_ops if op.shapes), default=0)
 
 
-def _written(op: OpRecord) -> int:
+def written(op: OpRecord) -> int:
+    """Return the elements that a product makes."""
     first, second = [shape for shape in op.shapes if len(shape) >= 2][-2:]
     return prod(first[:-1]) * second[-1]

@@ -19,6 +19,7 @@ from ipu_pipeline.backends.cluster.prices.fused import (
     fused_loss,
     is_grouped,
     logits,
+    written,
 )
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
@@ -141,22 +142,44 @@ class RankPricer:
             found = replace(found, saved_bytes=_FRAGMENTS * kept / self.shared)
         return self.recomputed(block, found)
 
-    def sliced(self, graph: BlockGraph) -> BlockGraph:
-        """Return a graph with the bytes that a rank keeps where only what is cut is shared.
+    def as_kept(self, graph: BlockGraph) -> BlockGraph:
+        """Return a graph with the bytes that this project's ranks keep of it.
 
-        Without sequence parallelism all that lies between the cut parts of a layer is whole on
-        every rank (Korthikanti et al., section 4.2.1).
+        Masks of dropout are counted again (decision 0008). Without sequence parallelism all that
+        lies between the cut parts of a layer is whole on every rank (Korthikanti et al., section
+        4.2.1).
         """
         share = 1 - 1 / self.sizes.tp
         blocks = tuple(
             replace(
                 block,
-                saved_bytes=block.saved_bytes - int(share * block.cut_bytes),
+                saved_bytes=max(
+                    0, block.saved_bytes - _mask_bytes(block) - int(share * block.cut_bytes)
+                ),
                 workspace_bytes=block.workspace_bytes - int(share * block.cut_workspace_bytes),
             )
             for block in graph.blocks
         )
         return replace(graph, blocks=blocks)
+
+    def deferred_bytes(self, block: Block) -> float:
+        """Bytes that wait for the gradients of a block's weights when those come later.
+
+        They are the gradients of what is computed with each weight (torch's
+        ``stage_backward_input`` keeps them): products, and norms that are scaled by a vector.
+        """
+        found = 0.0
+        for op in block.forward_ops:
+            if is_attention(op) or op.name == "aten.bmm":
+                continue
+            if op.flops:
+                number = written(op)
+            elif any(len(shape) == 1 for shape in op.shapes):
+                number = max(map(prod, op.shapes))
+            else:
+                continue
+            found += op.count * number * DTYPE_BYTES.get(op.dtype, _HALF_BYTES)
+        return found / self.shared
 
     def parameters(self, block: Block) -> RankParameters:
         """Return this rank's part of the weights of a block."""
@@ -352,6 +375,12 @@ class RankPricer:
         apart = self.sizes.pp if self.engine.ours else 1
         dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
         return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
+
+
+def _mask_bytes(block: Block) -> int:
+    """Return the bytes of the masks that torch's own dropout keeps, as it was counted."""
+    drawn = [op for op in block.forward_ops if op.name == "aten.bernoulli_"]
+    return int(sum(op.count * prod(op.shapes[0]) * DTYPE_BYTES[op.dtype] for op in drawn))
 
 
 def _part_of(op: OpRecord, hidden: int) -> str:

@@ -90,10 +90,7 @@ class RankCosts:
         """Ways of every block, blocks that stay together, and whether stashes go in order."""
         graph, sizes = self.work.graph, self.sizes
         if not self.pricer.engine.fused and sizes.cp * sizes.ep == 1:
-            work = self.work
-            if sizes.tp > 1:
-                work = replace(work, graph=self.pricer.sliced(graph))
-            found = counted_costs(work)
+            found = counted_costs(replace(self.work, graph=self.pricer.as_kept(graph)))
             menus = {name: cost.choices for name, cost in found.blocks.items()}
             if sizes.tp > 1:
                 menus = {name: self._timed(name, ways) for name, ways in menus.items()}
@@ -299,14 +296,22 @@ def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
     assert costs.ranks is not None
     found = price_stages(replace(plan, machine=costs.ranks), costs)
     pricer, (spread, _) = replace(rank_costs.pricer, sizes=sizes), with_shares(plan)
+    loads = found.halved(whole=pricer.engine.ours).loads
+    deferred = [  # the first stage, which sends no gradient, computes all of them later
+        sum(pricer.deferred_bytes(spread.graph[name]) for name in stage.blocks)
+        if number and load.weights_s and pricer.engine.ours
+        else 0
+        for number, (stage, load) in enumerate(zip(spread.stages, loads, strict=True))
+    ]
     step = RankStep(
         pricer=pricer,
-        loads=found.halved(whole=pricer.engine.ours).loads,
+        loads=loads,
         parameters=tuple(pricer.parameters(_joined(work.graph, s.blocks)) for s in spread.stages),
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
         update_s=found.once_s,
         spread=spread_stages(plan),
+        deferred=tuple(deferred),
     )
     return step, costs.ranks, found.split.binding
 

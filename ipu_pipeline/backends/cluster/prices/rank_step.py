@@ -58,6 +58,8 @@ class RankStep:
         num_microbatches: Of one step of one pipeline.
         update_s: Seconds of the update of every stage.
         spread: Stages that hold rows of a vocabulary that is spread.
+        deferred: Bytes of every stage that a microbatch keeps from a backward pass without
+            gradients of weights to the one that computes them.
     """
 
     pricer: RankPricer
@@ -67,6 +69,7 @@ class RankStep:
     num_microbatches: int
     update_s: tuple[float, ...]
     spread: tuple[int, ...] = ()
+    deferred: tuple[float, ...] = ()
 
     @cached_property
     def shape(self) -> PipelineShape:
@@ -137,11 +140,13 @@ class RankStep:
         if self.shape.own_devices:
             return [load.in_flight * load.stash_bytes for load in self.loads]
         kind, found = schedule_kind(self.schedule), []
+        deferred = self.deferred or (0.0,) * len(self.loads)
         for actions in kind.rows(kind.shortened(self.shape, 4 * self.shape.num_devices)).rows:
-            now = most = 0
+            now = most = 0.0
             for action in actions:
-                sign = {"F": 1, "B": -1, "W": -1}.get(action.kind, 0)
-                now += sign * self.loads[action.stage].stash_bytes
+                stash, waits = self.loads[action.stage].stash_bytes, deferred[action.stage]
+                change = {"F": stash, "B": -stash, "I": waits, "W": -stash - waits}
+                now += change.get(action.kind, 0)
                 most = max(most, now)
-            found.append(most)
+            found.append(round(most))
         return found

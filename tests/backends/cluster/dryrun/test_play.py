@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
-from ipu_pipeline.backends.cluster.dryrun.memory_tally import GRADIENTS, OPTIMIZER, WEIGHTS
+from ipu_pipeline.backends.cluster.dryrun.memory_tally import (
+    ACTIVATIONS,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+)
 from ipu_pipeline.backends.cluster.dryrun.report import DryRun, dry_run, model_of
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.cli import app
@@ -63,6 +68,22 @@ def test_a_rank_holds_what_the_plan_says(
     for kind in (WEIGHTS, GRADIENTS) if settings.get("zero_stage") else (WEIGHTS, OPTIMIZER):
         on_meta, by_plan = found.rows[kind]
         assert on_meta == pytest.approx(by_plan, rel=1e-3)
+
+
+def test_masks_of_dropout_are_not_kept(tmp_path: Path) -> None:
+    GPT2Config(
+        n_embd=256, n_layer=8, n_head=8, n_positions=LENGTH, vocab_size=4000,
+        architectures=["GPT2LMHeadModel"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = played(planned(str(tmp_path), stages=2), str(tmp_path), 0)
+    on_meta, by_plan = found.rows[ACTIVATIONS]
+    assert by_plan == pytest.approx(on_meta, rel=0.03)
+
+
+def test_gradients_wait_for_those_of_weights(config: str) -> None:
+    """The second rank of zero bubbles, whose stages are neither the first nor the last one."""
+    found = played(planned(config, "zbv", 4), config, 1)
+    assert abs(found.difference) < 0.05, found.text()
 
 
 def test_the_play_sends_what_the_check_of_messages_has(config: str) -> None:
