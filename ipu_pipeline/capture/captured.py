@@ -18,7 +18,6 @@ from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
-from ipu_pipeline.capture.lift import keep, lift, settle_hosts
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
@@ -26,7 +25,7 @@ from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.trace import Trace, trace_once
+from ipu_pipeline.capture.trace import Trace, keep, lift, settle_hosts, trace_once
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState

@@ -24,9 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ipu_pipeline.capture.attention import CountedAttention, attention_window
 from ipu_pipeline.capture.cut_tensors import CutTensors
-from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.fused import CountedAttention, attention_window, grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature

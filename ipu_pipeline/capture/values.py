@@ -309,6 +309,14 @@ class Values:
         )
 
 
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Return a new input of a graph."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(name)
+    node.meta["scope"] = ""
+    return node
+
+
 def reached(
     start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> Iterator[fx.Node]:

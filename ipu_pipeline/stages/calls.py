@@ -1,4 +1,7 @@
-"""Calls of a model's own methods, as a user would make them: ``generate``, ``forward``."""
+"""Calls of a model's own methods, ``generate`` and ``forward``, and the KV cache that they fill.
+
+How large that becomes follows from the config and transformers' cache classes.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.devices import on_device
 
 States = list[Tensor]
@@ -60,3 +66,81 @@ def set_generators(states: States, device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+# ---- how large the KV cache of every stage becomes --------------------------------------------
+
+
+def kv_cache_bytes(
+    model: nn.Module, plan: Plan, batch_size: int, length: int, encoder_length: int = 0
+) -> tuple[int, ...]:
+    """Return the bytes of every stage's cache behind ``length`` tokens, prompt included.
+
+    Keys are ``[batch_size, key-value heads, length, head size]``, values alike; a layer with a
+    sliding window keeps the end of them, as transformers' cache decides. A decoder's layer keeps
+    keys and values of the encoder, too.
+
+    Args:
+        model: Its config, dtype and layers count; it may live on ``meta``.
+        plan: Which layers are in which stage.
+        batch_size: Sequences (samples x beams).
+        length: Tokens of each, in the cache.
+        encoder_length: Positions of the encoder's output, of models that have one.
+
+    Raises:
+        LoweringError: Layers keep something else than keys and values of their heads.
+    """
+    known: Any = model
+    config, dtype = known.config, known.dtype
+    layers = _layer_bytes(config, dtype, batch_size, length)
+    crossed = 0
+    if config.is_encoder_decoder:
+        keys, values = _keys_and_values(config, dtype, batch_size, encoder_length)
+        crossed = keys.nbytes + values.nbytes
+    sizes: list[int] = []
+    for stage in plan.stages:
+        paths = [plan.graph[block].module for block in stage.blocks]
+        modules = [m for path in paths if path is not None
+                   for m in model.get_submodule(path).modules()]  # fmt: skip
+        numbers = {getattr(m, "layer_idx", None) for m in modules if getattr(m, "is_decoder", True)}
+        own = [index for index in numbers if isinstance(index, int) and index < len(layers)]
+        sizes.append(sum(layers[index] for index in own) + crossed * len(own))
+    return tuple(sizes)
+
+
+def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) -> list[int]:
+    """Return the bytes of every layer's own keys and values."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    if not layers:  # made as they are filled
+        layers += [DynamicLayer() for _ in range(_text(config).num_hidden_layers)]
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise LoweringError(
+                f"layer {index} of {type(config).__name__} keeps a {type(layer).__name__}, which "
+                "is not made of keys and values alone; measure it: generate once and look at the "
+                "cache (return_dict_in_generate=True)"
+            )
+        layer.update(*_keys_and_values(config, dtype, batch_size, length))
+    return [layer.keys.nbytes + layer.values.nbytes for layer in layers]
+
+
+def _keys_and_values(
+    config: Any, dtype: torch.dtype, batch_size: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values of one layer, without their values."""
+    text = _text(config)
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    size = size or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    key_size = getattr(text, "qk_head_dim", None) or size
+    value_size = getattr(text, "v_head_dim", None) or size
+    made = [
+        torch.empty(batch_size, kept, length, each, dtype=dtype, device="meta")
+        for each in (key_size, value_size)
+    ]
+    return made[0], made[1]
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config(decoder=True)

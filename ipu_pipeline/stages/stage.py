@@ -24,9 +24,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
-from ipu_pipeline.stages.compiled_blocks import run_compiled
-from ipu_pipeline.stages.offload import offloaded
-from ipu_pipeline.stages.replay import ReplayedBlock
+from ipu_pipeline.stages.block_runs import ReplayedBlock, offloaded, run_compiled
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient, no_calls
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 from ipu_pipeline.stages.vocabulary import SoftmaxPart, SpreadLoss, SpreadTable

@@ -43,8 +43,7 @@ from ipu_pipeline.backends.cluster.sharding import (
 )
 from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.attention import ReplacedAttention
-from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.fused import ReplacedAttention, grouped_without_values
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
