@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ipu_pipeline.ops import extension
-from ipu_pipeline.ops.autocast import no_autocast
+from ipu_pipeline.ops.autocast import autocast_like_linear, no_autocast
 from ipu_pipeline.ops.dropout import FLOATS
-from ipu_pipeline.ops.projection import autocast_like_linear
 
 Reduction = Literal["mean", "sum", "none"]
 # Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.

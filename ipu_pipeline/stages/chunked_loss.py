@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops.autocast import autocast_dtype, no_autocast
 from ipu_pipeline.ops.linear_cross_entropy import Reduction, linear_cross_entropy
-from ipu_pipeline.ops.projection import serialized_linear, slices
 
 _ALL = slice(None)
 
@@ -120,11 +119,11 @@ def chunked_cross_entropy(
             label_smoothing=label_smoothing,
         )
 
+    step = max(1, -(-len(x_NH) // num_slices))
     parts: list[Tensor] = [
-        checkpoint(
-            losses_of, x_NH[cut], target_N[cut], use_reentrant=False, preserve_rng_state=False
-        )
-        for cut in slices(len(x_NH), num_slices)
+        checkpoint(losses_of, x, target, use_reentrant=False, preserve_rng_state=False)
+        for x, target in zip(x_NH.split(step), target_N.split(step), strict=True)
+        if len(x)
     ]
     losses_N = torch.cat(parts) if parts else losses_of(x_NH, target_N)
     if reduction == "none":
@@ -222,7 +221,7 @@ class DeferredLogits(Tensor):
         return self.input(), self.projection.weight_VH.to(dtype), bias_V
 
     def materialised(self) -> Tensor:
-        """Compute the logits, once, in slices of output channels.
+        """Compute the logits, once.
 
         Raises:
             LoweringError: Gradients are switched off here: inside an ``autograd.Function`` they
@@ -242,7 +241,7 @@ class DeferredLogits(Tensor):
                 )
             x, weight_VH, bias_V = self.operands()
             with no_autocast():
-                full = serialized_linear(x, weight_VH, bias_V, factor=self.projection.factor)
+                full = functional.linear(x, weight_VH, bias_V)
             self._computed = apply(self.pointwise, full).to(self.dtype)
         return self._computed
 

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
-from ipu_pipeline.ops.projection import serialized_linear
-from ipu_pipeline.stages.chunked_loss import DeferredLogits, Softmax
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
 from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
 from ipu_pipeline.stages.vocabulary import SpreadLoss
 
@@ -29,33 +28,29 @@ def no_calls(_: Program) -> AbstractContextManager[None]:
 
 
 class SerializedRegion(TableCalls):
-    """While active, lookups and projections that read ``table`` run in slices.
+    """While active, lookups of ``table`` run in slices, and its logits wait for their loss.
+
+    A projection alone has nothing to save: its result and the gradient of the table are whole.
 
     Args:
+        run: What runs the block.
         table: The block's table.
-        leaves: Collect the gradients.
         defer: Compute no logits but leave them to the loss behind the block.
-        hold_gradients: Compute that loss's gradients in its forward pass.
-        last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
-        spread: Where they are spread for the loss: how many, and what computes the softmax.
+        spread: Where its rows are spread over stages for the loss: what computes the softmax.
     """
 
     def __init__(
         self,
+        run: SerializedForward,
         table: Table,
-        leaves: LookupLeaves,
         *,
         defer: bool,
-        hold_gradients: bool,
-        last_row_shard: tuple[RowShard, Tensor] | None = None,
-        spread: tuple[int, Softmax] | None = None,
+        spread: SpreadLoss | None = None,
     ) -> None:
         super().__init__()
+        self._run = run
         self.table = table
-        self.leaves = leaves
         self.defer = defer
-        self.hold_gradients = hold_gradients
-        self.last_row_shard = last_row_shard
         self.spread = spread
 
     def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
@@ -75,9 +70,9 @@ class SerializedRegion(TableCalls):
         sparse: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         del weight, max_norm, norm_type, sparse  # tables.py refuses the ones that matter
-        leaf = self.leaves.of(self.table.parameter)
-        if self.last_row_shard is not None:
-            shard, received = self.last_row_shard
+        leaf = self._run.leaves.of(self.table.parameter)
+        if self.table.block in self._run.last_row_shards:
+            shard, received = self._run.last_row_shards[self.table.block]
             return shard.look_up(input, leaf, received)
         return embedding_serialized(
             input,
@@ -88,16 +83,15 @@ class SerializedRegion(TableCalls):
         )
 
     def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        factor = self.table.factor
-        if self.spread is None and not self.defer:
-            return serialized_linear(input, weight, bias, factor=factor)
+        if not self.defer:
+            return functional.linear(input, weight, bias)
         return DeferredLogits.of(
             input,
             weight,
             bias,
-            factor=factor,
-            hold_gradients=self.hold_gradients,
-            spread=self.spread,
+            factor=self.table.factor,
+            hold_gradients=self._run.hold_gradients,
+            spread=self.spread and (self.spread.table.size, self.spread),
         )
 
 
@@ -116,6 +110,7 @@ class SerializedForward:
 
     Attributes:
         leaves: Collect the gradients of the lookups.
+        last_row_shards: Where other stages hold rows too: those of this one, and the sum of theirs.
     """
 
     tables: Mapping[str, Table]
@@ -127,13 +122,13 @@ class SerializedForward:
 
     def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
-        self._last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
+        self.last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
 
     def look_up_row_shards(self, values: dict[str, Any]) -> None:
         """Add the rows held for later stages to ``values``, under the names they are sent by."""
         for shard in self.row_shards:
             if not shard.sent:
-                self._last_row_shards[shard.table.block] = (shard, values[shard.received])
+                self.last_row_shards[shard.table.block] = (shard, values[shard.received])
                 continue
             leaf = self.leaves.of(shard.table.parameter)
             received = values[shard.received] if shard.received else None
@@ -141,33 +136,18 @@ class SerializedForward:
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
-        with self.calls(program):
-            return self._run(program, inputs)
+        with self.calls(program), self._region(program):
+            return program(*inputs)
 
-    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+    def _region(self, program: Program) -> AbstractContextManager[Any]:
         spread = self.spread
         if spread is not None and program.name == spread.table.block:
             whole = Table(program.name, spread.table.parameter, 1)
-            with SerializedRegion(
-                whole,
-                self.leaves,
-                defer=True,
-                hold_gradients=False,
-                spread=(spread.table.size, spread),
-            ):
-                return program(*inputs)
-        table = self.tables.get(program.name)
-        if table is None:
-            return program(*inputs)
-        region = SerializedRegion(
-            table,
-            self.leaves,
-            defer=program.name in self.fused and torch.is_grad_enabled(),
-            hold_gradients=self.hold_gradients,
-            last_row_shard=self._last_row_shards.get(program.name),
-        )
-        with region:
-            return program(*inputs)
+            return SerializedRegion(self, whole, defer=True, spread=spread)
+        if program.name not in self.tables:
+            return nullcontext()
+        defer = program.name in self.fused and torch.is_grad_enabled()
+        return SerializedRegion(self, self.tables[program.name], defer=defer)
 
 
 class LookupLeaves:
