@@ -221,12 +221,11 @@ class CapturedModel:
             keep(self._trace, key)
         if self.glue.session.live:
             settle_hosts(self._trace)
-        return replace(
-            _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
-            notes=self.notes,
-            _changed_backward=self._changed_backward,
-            _kinds=self._kinds,
-        )
+        return self.of(self._trace)
+
+    def of(self, trace: Trace) -> CapturedModel:
+        """Return the capture of ``trace``: of this one's, in which something was changed."""
+        return replace(self, _sized={}, **_parts(trace, training=self.training))
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
         """Return the program that computes what ``programs`` need from the model inputs alone."""
@@ -317,7 +316,14 @@ def capture(
             "has to return it as 'loss', alone, or first in a tuple; add the labels to the batch "
             "if it needs them, or call model.eval() for a plan of inference"
         )
-    captured = _built(model, recorded, batch, granularity, training=training)
+    captured = CapturedModel(
+        model=model,
+        training=training,
+        granularity=granularity,
+        notes=(),
+        _batch=batch,
+        **_parts(recorded, training=training),
+    )
     if not self_check or on_meta:
         return captured
     with not_compiled(model):
@@ -325,26 +331,12 @@ def capture(
     return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
-def _built(
-    model: nn.Module,
-    recorded: Trace,
-    batch: Mapping[str, Any],
-    granularity: Granularity,
-    *,
-    training: bool,
-) -> CapturedModel:
-    coarse = coarsen_reads(recorded, lambda name: name == LOSS or not training)
-    return CapturedModel(
-        model=model,
-        programs=block_programs(coarse, recorded.attributes),
-        results={name: node.name for name, node in coarse.results.items()},
-        training=training,
-        granularity=granularity,
-        notes=(),
-        _batch=batch,
-        _trace=recorded,
-        _coarse=coarse,
-    )
+def _parts(trace: Trace, *, training: bool) -> dict[str, Any]:
+    """Return what a capture has of its trace."""
+    coarse = coarsen_reads(trace, training=training)
+    programs = block_programs(coarse, trace.attributes)
+    results = {name: node.name for name, node in coarse.results.items()}
+    return {"programs": programs, "results": results, "_trace": trace, "_coarse": coarse}
 
 
 def keep_for_reuse(captured: CapturedModel) -> None:
@@ -366,7 +358,7 @@ def take_kept(
         captured is None
         or parts != _trained_parts(model)
         or (captured.granularity, captured.training) != (granularity, training)
-        or described(captured._batch) != described(batch)
+        or inputs.described(captured._batch) != inputs.described(batch)
     ):
         return None
     return replace(captured, model=model)
@@ -375,11 +367,6 @@ def take_kept(
 def _trained_parts(model: nn.Module) -> list[tuple[bool, torch.dtype, torch.Size]]:
     """Return what a capture depends on of the parameters' objects; replays see the rest."""
     return [(p.requires_grad, p.dtype, p.shape) for p in model.parameters()]
-
-
-def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
-    return tuple((name, inputs.described(value)) for name, value in batch.items())
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

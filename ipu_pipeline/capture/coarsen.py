@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -70,13 +70,13 @@ def is_attribute(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coarse:
-    """Assign every node that the ``wanted`` results need to a block or to the prelude.
+def coarsen(trace: Trace, *, training: bool) -> Coarse:
+    """Assign every node that the results need, in training the loss, to a block or the prelude.
 
     Raises:
         CaptureError: No block was found.
     """
-    results = {name: node for name, node in trace.results.items() if wanted(name)}
+    results = {name: node for name, node in trace.results.items() if name == LOSS or not training}
     live = _live(trace, results.values(), trace.graph.output_node().meta.get("after", ()))
     prelude = _prelude(trace, live)
     assigned = _assign(trace, live, prelude)
@@ -89,7 +89,7 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     for node in assigned:
         if node.meta.get("host"):  # numbers do not cross from stage to stage
             assigned[node] = assigned[next(iter(node.users))]
-    kinds = _kinds(assigned, names, leaves)
+    kinds = _kinds(assigned, names, trace.glue.leaves)
     blocks = []
     for name, opener in names.items():
         nodes = tuple(n for n in trace.graph.nodes if assigned.get(n) == name)
@@ -99,13 +99,12 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     return Coarse(tuple(blocks), first, results, trace.changing)
 
 
-def coarsen_reads(trace: Trace, wanted: Callable[[str], bool]) -> Coarse:
+def coarsen_reads(trace: Trace, *, training: bool) -> Coarse:
     """Assign nodes to blocks as :func:`coarsen` does, values that Python reads in their order.
 
     A value that is computed from inputs alone can be read before the blocks run.
     """
-    leaves = trace.glue.leaves
-    coarse = coarsen(trace, leaves, wanted)
+    coarse = coarsen(trace, training=training)
     early = set(coarse.prelude)
     late: list[fx.Node] = []
     for call in trace.glue.calls:
@@ -120,7 +119,7 @@ def coarsen_reads(trace: Trace, wanted: Callable[[str], bool]) -> Coarse:
         late += [node] if call.is_late else []
     for before, node in pairwise(late):
         node.meta["after"] = tuple(dict.fromkeys((*node.meta["after"], before)))
-    return coarsen(trace, leaves, wanted) if len(late) > 1 else coarse
+    return coarsen(trace, training=training) if len(late) > 1 else coarse
 
 
 def _live(

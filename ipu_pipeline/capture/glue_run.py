@@ -141,18 +141,14 @@ class GlueRun:
             self._coroutine.start()
         set_modes(self._modes)
         self._check()
-        self._glue.session.run = self
 
     def begin(self) -> None:
         """Let the stages share values with it from now on."""
         self._glue.session.run = self
 
-    def finish(self) -> None:
-        """Say that all stages have computed their forward pass."""
-        assert self.followed is not None, "a read was not computed"
-
     def close(self, *, done: bool = False) -> None:
         """End it; ``done``: its microbatch is, and modules are in the modes it has left them in."""
+        assert not done or self.followed is not None, "a read was not computed"
         if self._glue.session.run is self:
             self._glue.session.run = None
         if self._coroutine is not None:
@@ -171,10 +167,6 @@ class GlueRun:
         with tracing_patches(self._captured.model), self._going_on():
             self._coroutine.resume(value)
         self._check()
-
-    def host(self, name: str) -> Any:
-        """Return a host value."""
-        return self._replay.hosts[name]
 
     def deliver(self, key: int, tensor: Tensor) -> None:
         """Put a tensor where the glue keeps it; one that is recomputed is known."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
+from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.loss_terms import (
     MEANS_OVER_LABELS,
@@ -24,7 +24,7 @@ from ipu_pipeline.capture.loss_terms import (
     factor_name,
     label_arguments,
 )
-from ipu_pipeline.capture.programs import block_programs, prelude_program
+from ipu_pipeline.capture.programs import prelude_program
 from ipu_pipeline.capture.values import TensorMeta, reads_behind
 
 if TYPE_CHECKING:
@@ -177,15 +177,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user.name in terms.path)
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
-    wanted = captured.results.keys()
-    coarse = coarsen_reads(trace, lambda name: name in wanted)
-    return replace(
-        captured,
-        programs=block_programs(coarse, trace.attributes),
-        results={name: node.name for name, node in coarse.results.items()},
-        _trace=trace,
-        _coarse=coarse,
-    )
+    return captured.of(trace)
 
 
 def with_counted(captured: CapturedModel) -> CapturedModel:

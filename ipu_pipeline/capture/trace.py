@@ -21,10 +21,16 @@ from ipu_pipeline.capture.fused import grouped_without_values
 from ipu_pipeline.capture.glue import Glue, Path, member_at, placed
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.patches import patched_calls, patched_methods, refused_seeds
-from ipu_pipeline.capture.reads import HostValue, KeptTensor, same_value
+from ipu_pipeline.capture.reads import HostValue, KeptTensor
 from ipu_pipeline.capture.state import WriteBack
 from ipu_pipeline.capture.tracer import Tracer
-from ipu_pipeline.capture.values import TensorMeta, computed_from, named_tensors, placeholder
+from ipu_pipeline.capture.values import (
+    TensorMeta,
+    computed_from,
+    named_tensors,
+    placeholder,
+    same_value,
+)
 from ipu_pipeline.errors import CaptureError
 
 

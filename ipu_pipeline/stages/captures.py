@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
+from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.loss_walk import factored, with_counted
 from ipu_pipeline.capture.patches import tracing_patches

@@ -20,13 +20,14 @@ from ipu_pipeline.capture.batch_axes import (
     plain_runs,
     two_parts,
 )
-from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
+from ipu_pipeline.capture.values import same_value
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
-from ipu_pipeline.stages.loss_shares import LossShares, same_value
+from ipu_pipeline.stages.loss_shares import LossShares
 from ipu_pipeline.stages.training import in_evaluation
 
 # The check runs microbatches at once whose results take so many bytes, but two at least.

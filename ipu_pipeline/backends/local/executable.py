@@ -13,8 +13,8 @@ from torch import nn
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.backends.local.step import Step
 from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
-from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import Unlifted
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError

@@ -95,8 +95,6 @@ class Step:
         with self._lock:
             self._values.update({(microbatch, name): value for name, value in sent.items()})
             self.results[microbatch].update(results)
-        if self.glue is not None and stage.index == len(self.busy_s) - 1:
-            self.glue.finish()
 
     def _finish_loss(self, stage: Stage, microbatch: int) -> None:
         with autocast_region(self.options.precision, self.device):
