@@ -31,7 +31,7 @@ from ipu_pipeline.ir.graph import OpRecord
 from ipu_pipeline.ops.autocast import autocast_dtype
 
 if TYPE_CHECKING:
-    from ipu_pipeline.capture.operations import Recorder
+    from ipu_pipeline.capture.recorder import Recorder
 
 
 class ReplacedAttention(TorchFunctionMode):

@@ -33,7 +33,9 @@ from ipu_pipeline.capture.calls import OtherTensors, set_modes
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.python_state import Generators
 from ipu_pipeline.capture.state import PlainState, key_of, values_of
-from ipu_pipeline.errors import LoweringError, first_line
+from ipu_pipeline.errors import LoweringError, first_line, listed
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.random import is_random
 
 
@@ -226,3 +228,65 @@ def offloaded(program: Program) -> AbstractContextManager[Any]:
 
 def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or tensor.layout is not torch.strided
+
+
+# ---- which blocks -----------------------------------------------------------------------------
+
+
+def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
+    """Return the names of the blocks to recompute; ``None`` for the plan's choice.
+
+    Raises:
+        LoweringError: An entry fits no block.
+    """
+    if wish is None:
+        return frozenset(name for stage in plan.stages for name in stage.recompute)
+    return chosen_blocks("recompute", wish, plan)
+
+
+def chosen_blocks(option: str, wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
+    """Return the names of the blocks that an option chooses; ``None`` for none.
+
+    Args:
+        option: Its name.
+        wish: ``"all"``, ``"none"``, or names of blocks, prefixes of such names
+            (``encoder.layer.3`` stands for all blocks inside of it) and patterns with ``*``, ``?``
+            and ``[...]``.
+        plan: The plan.
+
+    Raises:
+        LoweringError: An entry fits no block.
+    """
+    names = [name for stage in plan.stages for name in stage.blocks]
+    if wish is None:
+        return frozenset()
+    if isinstance(wish, str):
+        return frozenset(names if wish == "all" else ())
+    unknown = unmatched(wish, names)
+    if unknown:
+        raise LoweringError(
+            f"{option} names {', '.join(map(repr, unknown))}, which is no block, prefix or "
+            f"pattern of one; the blocks are {listed(names, 40)}"
+        )
+    return frozenset(select_all(wish, names))
+
+
+def offloaded_blocks(
+    wish: str | Sequence[str] | None, plan: Plan, device: torch.device
+) -> frozenset[str]:
+    """Return the names of the blocks that keep their activations in host memory.
+
+    ``None`` is for the plan's choice.
+
+    Raises:
+        LoweringError: An entry fits no block, or the stages are on a CPU.
+    """
+    planned = frozenset(name for stage in plan.stages for name in stage.offload)
+    chosen = planned if wish is None else chosen_blocks("offload_activations", wish, plan)
+    if chosen and device.type == "cpu":
+        raise LoweringError(
+            "offload_activations moves what blocks keep to host memory, and on a CPU it is there; "
+            "leave it out (also of the plan: 'offload{blocks=none}', offload_activations='none'), "
+            "or run on a GPU with device='cuda'"
+        )
+    return chosen

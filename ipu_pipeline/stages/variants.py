@@ -16,7 +16,8 @@ from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.capture.sizes import Sized
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, at_sizes
+from ipu_pipeline.stages.build import at_sizes
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import TableUses
 
 Signature = tuple[Any, ...]

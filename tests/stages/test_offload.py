@@ -15,7 +15,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import plan_from_json
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.stages import block_runs
-from ipu_pipeline.stages.stage import offloaded_blocks
+from ipu_pipeline.stages.block_runs import offloaded_blocks
 from tests.tiny_models import TINY
 
 

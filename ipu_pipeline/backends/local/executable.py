@@ -27,6 +27,7 @@ from ipu_pipeline.planner.price import spread_stages
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.block_runs import offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.calls import called_in_turn, check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
@@ -41,7 +42,7 @@ from ipu_pipeline.stages.executable import (
 from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
-from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,

@@ -49,7 +49,9 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.planner.schedules.simulate import plan_shape
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks, recomputed_blocks
+from ipu_pipeline.stages.block_runs import recomputed_blocks
+from ipu_pipeline.stages.build import build_stages, place_blocks
+from ipu_pipeline.stages.stage import Stage
 
 # So many microbatches per stage show all that more would.
 _DEPTHS = 2
