@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ipu_pipeline.stages.chunked_loss import DeferredLogits, apply
+from ipu_pipeline.ops.linear_cross_entropy import apply
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
 from ipu_pipeline.stages.tables import TableCalls
 from ipu_pipeline.stages.vocabulary import SpreadLoss, SpreadTable, loss_dtype
 
@@ -82,7 +83,4 @@ class PiecewiseLogits(TableCalls):
     def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor or input.is_meta:
             return functional.linear(input, weight, bias)
-        loss = PiecewiseLoss(self._table)
-        return DeferredLogits.of(
-            input, weight, bias, factor=1, hold_gradients=False, spread=(self._table.size, loss)
-        )
+        return DeferredLogits.of(input, weight, bias, softmax=PiecewiseLoss(self._table))

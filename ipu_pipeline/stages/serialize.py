@@ -91,7 +91,7 @@ class SerializedRegion(TableCalls):
             bias,
             factor=self.table.factor,
             hold_gradients=self._run.hold_gradients,
-            spread=(self.spread.table.size, self.spread) if self.spread is not None else None,
+            softmax=self.spread,
         )
 
 
