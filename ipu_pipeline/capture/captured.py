@@ -19,7 +19,6 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
-from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Followed, Replay
@@ -308,8 +307,6 @@ def capture(
             with contextlib.suppress(CaptureError):
                 opened = replace(leaves, glue=leaves.glue | losses)
                 recorded = trace_once(model, batch, opened, on_meta=on_meta)
-        recording = recording_models(model)
-    reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}): forward "

@@ -27,7 +27,7 @@ from torch._functorch import apis
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointFunction
 
-from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.places import INSTALLED, Places
 from ipu_pipeline.capture.python_state import Generators, PythonState
 from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
@@ -243,6 +243,7 @@ def preserved_state(
 
     Buffers (running statistics), gradients, random states, attributes of the modules, what hooks
     hold, configs, and the tensors ``changed``: parameters that a forward pass writes to.
+    Transformers' recorders, once installed, stay.
     """
     places = Places(model, with_values=True)
     configs = [(config, dict(vars(config))) for config in configs_of(model)]
@@ -270,7 +271,10 @@ def preserved_state(
     try:
         yield restore
     finally:
+        recording = [module for module in model.modules() if vars(module).get(INSTALLED)]
         restore()
+        for module in recording:  # transformers' recorders, which it installs in a first run
+            sys.modules["transformers.utils.output_capturing"].maybe_install_capturing_hooks(module)
 
 
 @contextlib.contextmanager
