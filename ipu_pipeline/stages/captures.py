@@ -29,12 +29,12 @@ from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.build import build_stages, place_blocks
 from ipu_pipeline.stages.devices import device_of
-from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 from ipu_pipeline.stages.variants import (
     Attempt,
+    LRUCache,
     Prepared,
     ShapeVariant,
     ShapeVariants,

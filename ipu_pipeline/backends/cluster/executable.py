@@ -56,7 +56,7 @@ from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
-from ipu_pipeline.stages.piecewise_loss import PiecewiseLogits
+from ipu_pipeline.stages.serialize import PiecewiseLogits
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.training import in_evaluation, kept_modes
 from ipu_pipeline.stages.vocabulary import whole_table
