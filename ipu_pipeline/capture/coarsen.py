@@ -21,6 +21,7 @@ from torch.nn.modules.loss import _Loss
 
 from ipu_pipeline.capture.leaves import Leaves, has_parameters
 from ipu_pipeline.capture.trace import Trace
+from ipu_pipeline.capture.values import reached
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockKind
 
@@ -122,22 +123,13 @@ def coarsen_reads(trace: Trace, *, training: bool) -> Coarse:
     return coarsen(trace, training=training) if len(late) > 1 else coarse
 
 
-def _live(
-    trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
-) -> dict[fx.Node, None]:
+def _live(trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]) -> set[fx.Node]:
     kept = ("guard", "state", "effect")
     effects = (n for n in trace.graph.nodes if any(n.meta.get(key) for key in kept))
-    pending = [*results, *after, *effects]
-    live: dict[fx.Node, None] = {}
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live[node] = None
-            pending.extend(dependencies(node))
-    return live
+    return set(reached([*results, *after, *effects], dependencies))
 
 
-def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
+def _prelude(trace: Trace, live: set[fx.Node]) -> dict[fx.Node, None]:
     found: dict[fx.Node, None] = {}
     for node in trace.graph.nodes:
         if node not in live or is_attribute(node) or node.op == "output":
@@ -174,9 +166,7 @@ def _holds_parameters(node: fx.Node, trace: Trace) -> bool:
     )
 
 
-def _assign(
-    trace: Trace, live: dict[fx.Node, None], prelude: dict[fx.Node, None]
-) -> dict[fx.Node, str]:
+def _assign(trace: Trace, live: set[fx.Node], prelude: dict[fx.Node, None]) -> dict[fx.Node, str]:
     """Return the block name of every live node outside the prelude."""
     assigned: dict[fx.Node, str] = {}
     rank: dict[str, int] = {}

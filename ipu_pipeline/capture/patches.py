@@ -246,7 +246,6 @@ def preserved_state(
     Transformers' recorders, once installed, stay.
     """
     places = Places(model, with_values=True)
-    configs = [(config, dict(vars(config))) for config in configs_of(model)]
     tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
@@ -263,10 +262,6 @@ def preserved_state(
                 tensor.data = memory
                 tensor.data.copy_(value)  # its version stays: nothing is new
         places.restore()
-        for config, attributes in configs:
-            if vars(config) != attributes:
-                vars(config).clear()
-                vars(config).update(attributes)
 
     try:
         yield restore

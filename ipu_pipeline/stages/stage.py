@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.capture.programs import Program
-from ipu_pipeline.capture.values import TensorMeta
+from ipu_pipeline.capture.values import TensorMeta, reached
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.block_runs import ReplayedBlock, offloaded, run_compiled
@@ -363,13 +363,8 @@ def _roots(
 
 def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
     """Return the nodes of the autograd graph that a backward pass from ``roots`` would reach."""
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen: set[Any] = set(pending)
-    while pending:
-        following = {n for n, _ in pending.pop().next_functions if n is not None} - seen
-        seen |= following
-        pending.extend(following)
-    return seen
+    first = [root.grad_fn for root in roots if root.grad_fn is not None]
+    return set(reached(first, lambda node: [n for n, _ in node.next_functions if n is not None]))
 
 
 def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
