@@ -4,8 +4,7 @@ Tokens are taken slice by slice: the logits of a slice become its losses and, in
 the gradient of its logits, from which the gradients of input and weight are accumulated. Without
 the C++ kernels the same is done with torch's own operations.
 
-Where a function of every logit stands between the two (a soft cap), every chunk of tokens computes
-its logits and losses with torch's operations, and does so again in the backward pass.
+Functions of every logit alone may stand between the two (a soft cap); those are torch's operations.
 
 Axes: N tokens, H hidden features, V classes (the vocabulary).
 """
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.autocast import autocast_like_linear, no_autocast
@@ -31,10 +29,51 @@ SUM_PIECE = 16_384
 MOST_TOKENS = 512
 
 
+_ALL = slice(None)
+
+
+class Elementwise(NamedTuple):
+    """A function of every logit alone.
+
+    ``operand`` is a dtype (``cast``), a vector of the classes (``add``) or a number (``mul``).
+    """
+
+    kind: Literal["cast", "add", "mul", "tanh"]
+    operand: Any = None
+
+    def __call__(self, logits: Tensor, rows: slice = _ALL) -> Tensor:
+        """Return the function of logits, which are those of the classes ``rows``."""
+        if self.kind == "cast":
+            return logits.to(self.operand)
+        if self.kind == "tanh":
+            return logits.tanh()
+        return logits + self.operand[rows] if self.kind == "add" else logits * self.operand
+
+
+Pointwise = tuple[Elementwise, ...]
+
+
+class LossOptions(NamedTuple):
+    """What ``functional.cross_entropy`` takes besides logits and targets."""
+
+    class_weight_V: Tensor | None
+    reduction: Reduction
+    ignore_index: int
+    label_smoothing: float
+
+
+def apply(pointwise: Pointwise, logits: Tensor, rows: slice = _ALL) -> Tensor:
+    """Apply the functions one after the other to the logits of the classes ``rows``."""
+    for function in pointwise:
+        logits = function(logits, rows)
+    return logits
+
+
 class _Options(NamedTuple):
     ignore_index: int
     label_smoothing: float
     num_slices: int
+    pointwise: Pointwise
 
     def slice_tokens(self, num_tokens: int) -> int:
         num_slices = max(self.num_slices, -(-num_tokens // MOST_TOKENS))
@@ -61,6 +100,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
     label_smoothing: float = 0.0,
     num_slices: int = 1,
     hold_gradients: bool = True,
+    pointwise: Pointwise = (),
 ) -> Tensor:
     """Compute ``cross_entropy(linear(x, weight, bias), target, ...)`` in slices of tokens.
 
@@ -82,6 +122,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
             need the loss scale that only backward knows, backward computes the logits again
             (4 matmuls, nothing is held).
 
+        pointwise: Functions of every logit alone, without gradients of their own.
+
     Returns:
         The loss, a scalar, or N losses with reduction ``"none"``; float64 for float64 input, else
         float32.
@@ -93,7 +135,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
     x_NH, weight_VH, bias_V = autocast_like_linear(x_NH, weight_VH, bias_V)
     operands = _Operands(x_NH, weight_VH, bias_V, target_N, class_weight_V)
     _check_operands(operands)
-    options = _Options(ignore_index, label_smoothing, num_slices)
+    options = _Options(ignore_index, label_smoothing, num_slices, pointwise)
     _check_options(options, reduction)
     check_targets(target_N, weight_VH.shape[0], ignore_index)
     hold = hold_gradients and torch.is_grad_enabled() and x_NH.dtype is not torch.float16
@@ -231,7 +273,7 @@ def _gradients(
     x, weight, bias, target, class_weight = operands
     step = options.slice_tokens(len(x))
     scale_N = None if scale is None else scale.expand(len(x))
-    if _kernels():
+    if _kernels() and not options.pointwise:
         losses, *found = torch.ops.ipu_pipeline.linear_cross_entropy(
             x, weight, target, bias, class_weight, scale_N, options.ignore_index,
             options.label_smoothing, step, *needs,
@@ -265,7 +307,8 @@ def _slice_losses(
     logits = functional.linear(operands.x[cut], operands.weight, operands.bias).detach()
     class_weight = operands.class_weight
     with torch.enable_grad():
-        wide = logits.requires_grad_(scale is not None).to(_loss_dtype(operands))
+        logits.requires_grad_(scale is not None)
+        wide = apply(options.pointwise, logits).to(_loss_dtype(operands))
         losses = functional.cross_entropy(
             wide,
             operands.target[cut],
@@ -276,92 +319,3 @@ def _slice_losses(
         )
     grad = None if scale is None else torch.autograd.grad(losses, logits, scale)[0]
     return losses.detach(), grad
-
-
-# ---- with functions of every logit between projection and loss ---------------------------------
-
-_ALL = slice(None)
-
-
-class Elementwise(NamedTuple):
-    """A function of every logit alone.
-
-    ``operand`` is a dtype (``cast``), a vector of the classes (``add``) or a number (``mul``).
-    """
-
-    kind: Literal["cast", "add", "mul", "tanh"]
-    operand: Any = None
-
-    def __call__(self, logits: Tensor, rows: slice = _ALL) -> Tensor:
-        """Return the function of logits, which are those of the classes ``rows``."""
-        if self.kind == "cast":
-            return logits.to(self.operand)
-        if self.kind == "tanh":
-            return logits.tanh()
-        return logits + self.operand[rows] if self.kind == "add" else logits * self.operand
-
-
-Pointwise = tuple[Elementwise, ...]
-
-
-class LossOptions(NamedTuple):
-    """What ``functional.cross_entropy`` takes besides logits and targets."""
-
-    class_weight_V: Tensor | None
-    reduction: Reduction
-    ignore_index: int
-    label_smoothing: float
-
-
-def apply(pointwise: Pointwise, logits: Tensor, rows: slice = _ALL) -> Tensor:
-    """Apply the functions one after the other to the logits of the classes ``rows``."""
-    for function in pointwise:
-        logits = function(logits, rows)
-    return logits
-
-
-def chunked_cross_entropy(
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    pointwise: Pointwise,
-    target_N: Tensor,
-    options: LossOptions,
-    num_slices: int,
-) -> Tensor:
-    """Compute ``cross_entropy(pointwise(linear(x, weight, bias)), ...)`` in slices of tokens.
-
-    Args:
-        operands: Input (N x H), weight and bias of the projection.
-        pointwise: Functions that work on every logit alone.
-        target_N: Class of every token.
-        options: As there.
-        num_slices: About ``N / num_slices * V`` logits exist at once.
-    """
-    x_NH, weight_VH, bias_V = operands
-    class_weight_V, reduction, ignore_index, label_smoothing = options
-
-    def losses_of(x: Tensor, target: Tensor) -> Tensor:
-        logits = apply(pointwise, functional.linear(x, weight_VH, bias_V))
-        return functional.cross_entropy(
-            logits if logits.dtype == torch.float64 else logits.float(),
-            target,
-            class_weight_V,
-            ignore_index=ignore_index,
-            reduction="none",
-            label_smoothing=label_smoothing,
-        )
-
-    step = max(1, -(-len(x_NH) // num_slices))
-    parts: list[Tensor] = [
-        checkpoint(losses_of, x, target, use_reentrant=False, preserve_rng_state=False)
-        for x, target in zip(x_NH.split(step), target_N.split(step), strict=True)
-        if len(x)
-    ]
-    losses_N = torch.cat(parts) if parts else losses_of(x_NH, target_N)
-    if reduction == "none":
-        return losses_N
-    if reduction == "sum":
-        return losses_N.sum()
-    counted = target_N[target_N != ignore_index]
-    return losses_N.sum() / (
-        len(counted) if class_weight_V is None else class_weight_V[counted].sum()
-    )

@@ -3,10 +3,9 @@
 While training, a serialized projection in front of the loss gives :class:`DeferredLogits`: shape
 and dtype of the logits, but no memory. What models do between projection and loss (reshape, cut
 off the last token, cast, scale, add a bias) is done to the hidden states or the bias instead, a
-soft cap is remembered, and a cross entropy takes all of it together, as one fused operation. That
-one knows no soft cap: behind one, every chunk of tokens computes its logits and losses, and does
-so again in the backward pass. Anything else computes the logits and goes on with them: the result
-is the same, only the memory is that of the plain model.
+soft cap is remembered, and a cross entropy takes all of it together, as one fused operation.
+Anything else computes the logits and goes on with them: the result is the same, only the memory is
+that of the plain model.
 
 Axes: V classes, H hidden size, N tokens; ``...`` are the token axes.
 """
@@ -29,7 +28,6 @@ from ipu_pipeline.ops.linear_cross_entropy import (
     LossOptions,
     Pointwise,
     apply,
-    chunked_cross_entropy,
     linear_cross_entropy,
 )
 
@@ -364,22 +362,18 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
         return loss if in_autocast else loss.to(logits.dtype)
     if not torch.is_grad_enabled():
         return None
-    num_slices = logits.projection.factor
-    x_NH, weight_VH, bias_V = operands = logits.operands()
+    x_NH, weight_VH, bias_V = logits.operands()
     with no_autocast():
-        if logits.pointwise:
-            loss = chunked_cross_entropy(operands, logits.pointwise, target, options, num_slices)
-        else:
-            hold = logits.projection.hold_gradients
-            loss = linear_cross_entropy(
-                x_NH,
-                weight_VH,
-                target,
-                bias_V,
-                hold_gradients=hold,
-                num_slices=num_slices,
-                **options._asdict(),
-            )
+        loss = linear_cross_entropy(
+            x_NH,
+            weight_VH,
+            target,
+            bias_V,
+            num_slices=logits.projection.factor,
+            hold_gradients=logits.projection.hold_gradients,
+            pointwise=logits.pointwise,
+            **options._asdict(),
+        )
     return loss if in_autocast else loss.to(logits.dtype)
 
 
