@@ -34,7 +34,7 @@ def test_a_plan_carries_every_decision_and_prediction() -> None:
     assert plan.num_stages == 2
     assert [name for stage in plan.stages for name in stage.blocks] == [b.name for b in plan.blocks]
     assert plan.total_batch_size == 8
-    assert plan.gap == 0
+    assert plan.gap == pytest.approx(0, abs=1e-12)
     assert 0 < plan.lower_bound_s == plan.objective_s
     assert not plan.edited
     assert plan.cost_source == "analytic"
