@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.batch_axes import as_exact_as, is_weighted_sum
 from ipu_pipeline.capture.captured import CapturedModel, capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import as_exact_as, is_weighted_sum
 from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, Term, factor_name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.calls import name_of
-from ipu_pipeline.capture.values import same_value
+from ipu_pipeline.capture.compare import same_value
 from ipu_pipeline.errors import GuardError
 
 if TYPE_CHECKING:

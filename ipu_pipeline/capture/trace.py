@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.calls import ModeCall, name_of
+from ipu_pipeline.capture.compare import same_value
 from ipu_pipeline.capture.fused import grouped_without_values
 from ipu_pipeline.capture.glue import Glue, Path, member_at, placed
 from ipu_pipeline.capture.leaves import Leaves
@@ -29,7 +30,6 @@ from ipu_pipeline.capture.values import (
     computed_from,
     named_tensors,
     placeholder,
-    same_value,
 )
 from ipu_pipeline.errors import CaptureError
 

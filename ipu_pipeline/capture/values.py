@@ -117,22 +117,6 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
     return [item for name, value in members for item in _named_members(name, value)]
 
 
-def compared(value: Tensor) -> Tensor:
-    """Return what a result is compared by, without graph: of logits not computed, their input."""
-    found: Tensor = getattr(value, "computed_from", value)
-    return found.detach()
-
-
-def same_value(value: Any, other: Any) -> bool:
-    """Whether two values, tensors, arrays or plain ones, are equal; NaN is equal to NaN."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):  # of no labels a mean is NaN
-        nan = value.isnan(), other.isnan()
-        return torch.equal(*nan) and torch.equal(value.nan_to_num(), other.nan_to_num())
-    if type(value) is not type(other) or np.shape(value) != np.shape(other):
-        return False
-    return bool(np.all((value == other) | ((value != value) & (other != other))))
-
-
 def _named_members(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value

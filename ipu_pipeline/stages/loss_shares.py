@@ -24,6 +24,7 @@ from ipu_pipeline.capture.batch_axes import (
     two_parts,
 )
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import same_value
 from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_rules import (
     Rule,
@@ -32,7 +33,6 @@ from ipu_pipeline.capture.loss_rules import (
     term_rules,
 )
 from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
-from ipu_pipeline.capture.values import same_value
 from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Granularity
