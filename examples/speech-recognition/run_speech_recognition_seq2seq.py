@@ -30,7 +30,13 @@ from transformers import Seq2SeqTrainer, WhisperProcessor
 
 from ipu_pipeline.train.arguments import option
 from tasks.samples import Row
-from tasks.speech import SpeechOptions, collate_speech, text_scores, tokenizer_for, whisper_tokenizer
+from tasks.speech import (
+    SpeechOptions,
+    collate_speech,
+    text_scores,
+    tokenizer_for,
+    whisper_tokenizer,
+)
 
 
 @dataclass(kw_only=True)
