@@ -257,7 +257,8 @@ class ProcessSteps(LiveSteps, CollectedSteps):
             number, tensors = message[0][n]
             found = [t.requires_grad_(trained) for t, trained in tensors]
             run.at_resume()
-            run.resume(self._live.filled(number, found))
+            with calls_of(self._trainer._whole_model, self._called):
+                run.resume(self._live.filled(number, found))
             if run.loss is not None and run.loss.requires_grad:
                 run.loss.backward()  # into weights that the code has besides the model's
 
