@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +36,13 @@ def kv_cache_bytes(
     """
     known: Any = model
     config, dtype = known.config, known.dtype
-    kept = _kept(model, config.get_text_config(decoder=True))
 
     def made(positions: int) -> list[Tensor]:
+        kept = _kept(model, config.get_text_config(decoder=True))
         shapes = [(batch_size, kept.heads, positions, size) for size in (kept.key, kept.value)]
         return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
-    layers = _layer_bytes(config, made(length))
+    layers = _layer_bytes(config, partial(made, length))
     crossed = sum(t.nbytes for t in made(encoder_length)) if config.is_encoder_decoder else 0
     sizes: list[int] = []
     for stage in plan.stages:
@@ -53,7 +55,7 @@ def kv_cache_bytes(
     return tuple(sizes)
 
 
-def _layer_bytes(config: Any, made: list[Tensor]) -> list[int]:
+def _layer_bytes(config: Any, made: Callable[[], list[Tensor]]) -> list[int]:
     """Return what every layer keeps, in bytes, of the keys and values of all positions."""
     layers: list[Any] = DynamicCache(config=config).layers
     if not layers:  # made as they are filled
@@ -66,7 +68,7 @@ def _layer_bytes(config: Any, made: list[Tensor]) -> list[int]:
                 "is not made of keys and values alone; measure it: generate once and look at the "
                 "cache (return_dict_in_generate=True)"
             )
-        layer.update(*made)
+        layer.update(*made())
     return [layer.keys.nbytes + layer.values.nbytes for layer in layers]
 
 
