@@ -50,7 +50,8 @@ def _reason(error: IndexError, module: nn.Module) -> str:
     """Return what is wrong; nothing if it is something else."""
     for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
         if names := _LOOKUPS.get(frame.f_code):
-            return _of_lookup(*(frame.f_locals[name] for name in names), module)
+            ids, table = (frame.f_locals[name] for name in names)
+            return _of_lookup(ids, table, module)
         if frame.f_code in _LOSSES:
             return _of_loss(frame)
     return ""
