@@ -18,6 +18,7 @@ from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.python_state import PythonState
@@ -297,6 +298,7 @@ def capture(
         tracing_patches(model),
         preserved_state(model),
         torch.set_grad_enabled(training),
+        naming_ids(model, CaptureError),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         if not on_meta:

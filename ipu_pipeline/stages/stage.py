@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta, reached
 from ipu_pipeline.ops.linear import adding_to_grad
@@ -273,7 +274,8 @@ class Stage:
         self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
     ) -> None:
         def call(*inputs: Any) -> Any:
-            with block_scope(*key, program.name):  # entered again when it is recomputed
+            # entered again when it is recomputed
+            with block_scope(*key, program.name), naming_ids(program.module):
                 return blocks.run(program, inputs)
 
         inputs = tuple(values[name] for name in program.inputs)
