@@ -100,14 +100,17 @@ def lengths(
 ) -> dict[str, Any]:
     """Train and evaluate on batches of (samples, length), with at most ``limit`` shapes."""
     made, _ = made_for(name, target=target, planned=planned, **options)
+    passes = getattr(made, "_passes", None)
+    shapes = (made._cache if passes is None else passes.cache)._shapes
+    pipelines = () if passes is None else passes._pipelines
     if limit is not None:
-        made._passes.cache._shapes.limit = limit
+        shapes.limit = limit
     found_losses, kept = [], []
     with made, Messages() as messages:
         for samples, seq_length in calls:
             batch = TINY[name].batch(batch_size=samples, seq_length=seq_length, seed=samples)
             found_losses += [made.train_step(batch).loss, made.eval_step(batch).loss]
-            kept.append((len(made._passes.cache._shapes), len(getattr(made, "_pipelines", ()))))
+            kept.append((len(shapes), len(pipelines)))
         total = sum(t.double().sum().item() for t in made.state_dict().values())
     return {"losses": found_losses, "sum": total, "kept": kept, "messages": messages.found}
 

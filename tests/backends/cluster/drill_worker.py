@@ -102,9 +102,8 @@ def work(
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     model, example = TINY[how.model].build(dropout=True, seed=0)
     found = inspected(output, how.model) if rank == 0 and attempt else {}
-    plan = ipp.plan(
-        model, example, num_stages=how.num_stages, microbatches=MICROBATCHES, replicas=how.replicas
-    )
+    plan = ipp.plan(model, example, num_stages=how.num_stages, microbatches=MICROBATCHES)
+    plan = replace(plan, replicas=how.replicas)
     if how.tp > 1:
         plan = replace(plan, machine=machine_by_name("h100-x8"), settings={"tp": how.tp})
     if how.weights:

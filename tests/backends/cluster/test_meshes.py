@@ -10,6 +10,7 @@ import pytest
 from tests.backends.cluster import slice_jobs
 from tests.backends.cluster.matrix import SCHEDULES, case, difference, tied
 from tests.backends.cluster.processes import Processes
+from tests.versions import needs_styles
 
 # (dp, pp, tp) of one batch of 4 microbatches.
 MESHES: dict[tuple[int, int, int], dict[str, Any]] = {
@@ -24,6 +25,7 @@ MESHES: dict[tuple[int, int, int], dict[str, Any]] = {
 CUT = ("llama-tied", "mixtral-wide", "starcoder2-dropout")
 WHOLE = ("bert-qa", "gpt2-lm", "t5", "llama-dropout", "mixtral-dropout")
 STEPS, STEPS_AFTER = 50, 3
+NAMES = [*(pytest.param(name, marks=needs_styles) for name in CUT), *WHOLE]
 
 
 def meshes_of(name: str) -> list[tuple[int, int, int]]:
@@ -50,7 +52,7 @@ def check_gradients(found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [n for n in (*CUT, *WHOLE) if "dropout" not in n])
+@pytest.mark.parametrize("name", [n for n in NAMES if "dropout" not in str(n)])
 def test_gradients_under_every_schedule(four: Processes, name: str) -> None:
     for mesh in meshes_of(name):
         dp, pp, tp = mesh
@@ -64,7 +66,7 @@ def test_gradients_under_every_schedule(four: Processes, name: str) -> None:
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [*CUT, *WHOLE])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_and_checkpoints(four: Processes, tmp_path: Path, name: str) -> None:
     """Losses with clipping; a checkpoint of any mesh loads under any other, bit by bit.
 
