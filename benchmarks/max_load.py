@@ -20,7 +20,6 @@ from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.bottleneck import (
     Bools,
     BottleneckSearch,
-    Combine,
     IdealProgram,
     IdealTable,
     StagePositions,
@@ -269,6 +268,7 @@ class MaxLoadSearch(BottleneckSearch):
 
     rows: DirectCosts
     layout: HostedPositions
+    program = HostedProgram
 
     def at_once(self) -> float:
         """Bound without a search; a host core is worth part of a device."""
@@ -302,11 +302,6 @@ class MaxLoadSearch(BottleneckSearch):
     def _even_s(self) -> float:
         devices = max(self.depths) + self.layout.hosts
         return self._work_s() / max(slot.speed for slot in self.layout.slots) / devices
-
-    def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> HostedTable:
-        made = HostedProgram(self.rows, self.layout, combine, limit, depths, self.deadline).run()
-        assert isinstance(made, HostedTable)
-        return made
 
     def _offer_all(self, table: IdealTable) -> None:
         assert isinstance(table, HostedTable)

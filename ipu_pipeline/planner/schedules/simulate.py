@@ -24,10 +24,9 @@ from ipu_pipeline.planner.schedules.replay import (
     replay,
     start_times,
 )
-from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device, with_vocabulary
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.schedules.timeline import Event, EventKind, SteadyState, Timeline
-from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 # Microbatches x stages of the largest lock-stepped step whose events are all listed.
 _LISTED = 2**14

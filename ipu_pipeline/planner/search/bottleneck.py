@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,15 +63,12 @@ class BottleneckSearch:
     deadline: float | None = None
     lower_bound: float = 0.0
     offers: list[PricedPipeline] = field(default_factory=list)
+    program: ClassVar[type[IdealProgram]]
     _least_sum_s: float = field(init=False, default=0.0)
+    _ahead: tuple[float, Floats] = field(init=False, default=(-inf, np.zeros(0)))
     _prices: dict[tuple[int, int, Slot], StagePrice | None] = field(
         init=False, default_factory=dict
     )
-
-    @property
-    def found(self) -> SearchResult:
-        """The best pipelines so far, and the bound."""
-        return SearchResult.of(self.lower_bound, self.offers)
 
     def run(self) -> None:
         """Search; leaves what it found in ``offers`` and ``lower_bound``."""
@@ -112,26 +110,46 @@ class BottleneckSearch:
 
     def _least_pace(self) -> dict[int, float]:
         """Least busiest stage of every depth that can still win."""
-        table, limit = self._climb()
-        if self.spread and table is not None:
-            self._offer_all(table)
-            wider = self._limit_s(self._least_sum_s)
-            if wider > limit:
-                table = self._sweep("max", wider, self.depths)
-        if table is None:
-            return {}
-        self._offer_all(table)
-        return {d: c for d in self.depths if (c := float(table.best[..., d, 0].min())) < inf}
-
-    def _climb(self) -> tuple[IdealTable | None, float]:
-        """Sweep under rising limits until something is found or the upper bound is reached."""
-        for limit in self._ladder():
-            table = self._sweep("max", limit, self.depths)
-            if float(table.best[..., list(self.depths), 0].min()) < inf:
-                return table, limit
+        for step in self._ladder():
+            table, limit = self._sweep("max", step, self.depths, settled=not self._tight), step
+            if self._tight and self._has_pipeline(table):
+                with suppress(_DoesNotFitError):
+                    self._offer_all(table)
+                limit = self._sharpened(step)
+                table = self._sweep("max", limit, self.depths)
+            if self._has_pipeline(table):
+                break
+            if limit != step:
+                return {}  # none is better than what was offered
             bound = self._bound(limit, self._least_sum_s)
             self.lower_bound = max(self.lower_bound, min(bound, self.upper_bound))
-        return None, inf
+        else:
+            return {}
+        self._offer_all(table)
+        wider = self._limit_s(self._least_sum_s)
+        if self.spread and wider > limit:
+            table = self._sweep("max", wider, self.depths)
+            self._offer_all(table)
+        return {d: c for d in self.depths if (c := float(table.best[..., d, 0].min())) < inf}
+
+    def _sharpened(self, limit: float) -> float:
+        """Return what the busiest stage of a better pipeline has at most, by bounds of its sum."""
+        if self.upper_bound == inf:
+            return limit
+        if self.spread:
+            every = self._limit_s(self._least_sum_s)
+            sums = self._sweep("sum", every, self.depths, settled=False).best
+            self._least_sum_s = float(sums[list(self.depths), 0].min())
+        return self._limit_s(self._least_sum_s)
+
+    @cached_property
+    def _tight(self) -> bool:
+        """Whether options are weighed against memory: that takes most of the time."""
+        rows, choice = self.rows, max(map(len, self.rows.problem.options)) > 1
+        return choice and any(map(rows.memory_matters, self.layout.slots))
+
+    def _has_pipeline(self, table: IdealTable) -> bool:
+        return float(table.best[..., list(self.depths), 0].min()) < inf
 
     def _ladder(self) -> Iterator[float]:
         top = self._limit_s(self._least_sum_s)
@@ -170,8 +188,19 @@ class BottleneckSearch:
         split = self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
         return max(price.load_s for price in split.prices), float(table.best[depth, 0])
 
-    def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> IdealTable:
-        return IdealProgram(self.rows, self.layout, combine, limit, depths, self.deadline).run()
+    def _sweep(
+        self, combine: Combine, limit: float, depths: Sequence[int], *, settled: bool = True
+    ) -> IdealTable:
+        made = self.program(self.rows, self.layout, combine, limit, depths, self.deadline)
+        made.settled = settled
+        if self._tight and limit < inf:
+            if limit > self._ahead[0]:
+                every = self.program(
+                    self.rows, self.layout, "max", limit, self.depths, self.deadline
+                )
+                self._ahead = limit, every.ahead()
+            made.starts = self._ahead[1] <= limit
+        return made.run()
 
     def _offer_all(self, table: IdealTable) -> None:
         for depth in self.depths:
@@ -333,6 +362,8 @@ class IdealTable:
 class IdealProgram:
     """Fills the table for pipelines of ``depths`` devices with loads up to ``limit_s``."""
 
+    settled = True  # whether lower bounds of loads are made exact before one is chosen
+    starts: Bools | None = None  # of devices left and sets: where a stage may start
     _elsewhere_s = 0.0  # most work that may be done elsewhere than on the devices
     _fewest = 1  # devices for what is left
 
@@ -370,8 +401,7 @@ class IdealProgram:
         for start in np.flatnonzero(low <= high)[::-1].tolist():
             if start == last:
                 continue
-            if self._deadline is not None and monotonic() > self._deadline:
-                raise OutOfTimeError
+            self._check_time()
             self._visit(start, int(low[start]), int(high[start]))
         return self._table
 
@@ -391,33 +421,52 @@ class IdealProgram:
         least[0] = max(least[0], self._fewest * min(self._depths))
         return np.maximum(least, self._fewest), most
 
+    def ahead(self) -> Floats:
+        """Bound of the busiest stage before every set, by the devices that are left for the rest.
+
+        Infinite where no stages within the limit lead there.
+        """
+        found = np.full_like(self._table.best, inf)
+        found[list(self._depths), 0] = 0.0
+        self._reached[:] = True
+        low, high = self._depth_ranges()
+        for start in np.flatnonzero(low <= high).tolist():
+            self._check_time()
+            counts = range(max(int(low[start]), 1), int(high[start]) + 1)
+            for y, row, _ in self._stages(start, [y for y in counts if found[y, start] < inf]):
+                near = row.targets[row.load_s <= self._limit]
+                busiest_s = np.maximum(row.load_s[row.load_s <= self._limit], found[y, start])
+                found[y - 1, near] = np.minimum(found[y - 1, near], busiest_s)
+        return found
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and monotonic() > self._deadline:
+            raise OutOfTimeError
+
     def _visit(self, start: int, low: int, high: int) -> None:
-        counts = [y for y in range(max(low, 1), high + 1) if self._may_start(start, y)]
-        if counts and self._layout.uniform:
-            self._visit_uniform(start, counts)
-        elif counts:
-            for y in counts:
-                slot = self._layout.slots[y - 1]
-                row = self._rows.row(start, slot, self._limit, self._reached)
-                self._settle(start, y, row, slot)
+        for y, row, slot in self._stages(start, range(max(low, 1), high + 1)):
+            self._settle(start, y, row, slot)
 
     def _may_start(self, start: int, y: int) -> bool:
         starts = self._layout.starts
-        return starts is None or bool(starts[y - 1][start])
+        allowed = starts is None or bool(starts[y - 1][start])
+        return allowed and (self.starts is None or bool(self.starts[y, start]))
 
-    def _visit_uniform(self, start: int, counts: Sequence[int]) -> None:
-        """All positions share seconds; only the microbatches in flight differ."""
-        slot = self._layout.slots[counts[0] - 1]
-        targets = self._rows.reach(start, slot, self._limit)
-        targets = targets[self._reached[targets]]
-        if not targets.size:
-            return
-        base = self._rows.row_s(start, targets, slot)
-        near = base <= self._limit
-        targets, base = targets[near], base[near]
-        for y in counts:
-            slot = self._layout.slots[y - 1]
-            self._settle(start, y, self._rows.with_memory(start, targets, base, slot), slot)
+    def _stages(self, start: int, counts: Iterable[int]) -> Iterator[tuple[int, StageCosts, Slot]]:
+        """Yield the stages from a set, by the devices left: that of the stage included."""
+        slots, rows, limit = self._layout.slots, self._rows, self._limit
+        counts = [y for y in counts if self._may_start(start, y)]
+        if not self._layout.uniform:
+            for y in counts:
+                yield y, rows.row(start, slots[y - 1], limit, self._reached), slots[y - 1]
+        elif counts:  # all positions share seconds; only the microbatches in flight differ
+            first = slots[counts[0] - 1]
+            targets = rows.reach(start, first, limit)
+            targets = targets[self._reached[targets]]
+            base = rows.row_s(start, targets, first)
+            targets, base = targets[base <= limit], base[base <= limit]
+            for y in counts if targets.size else ():
+                yield y, rows.with_memory(start, targets, base, slots[y - 1]), slots[y - 1]
 
     def _settle(self, start: int, y: int, row: StageCosts, slot: Slot) -> None:
         self._lower(start, y, row, y - 1, slot)
@@ -435,7 +484,7 @@ class IdealProgram:
             if not cost[pick] < best[here][start]:
                 return
             target = int(row.targets[pick])
-            if row.certain[pick]:
+            if row.certain[pick] or not self.settled:
                 break
             exact = self._rows.exact_s(start, target, slot)
             one = slice(pick, pick + 1)
@@ -450,3 +499,6 @@ class IdealProgram:
         self._reached[start] = True
         self._table.best[here][start] = cost
         self._table.choice[here][start] = target
+
+
+BottleneckSearch.program = IdealProgram

@@ -79,7 +79,7 @@ class Engine:
         groups = self.problem.together + self.problem.same_device
         slots = candidate.slots
         if candidate.shape.own_devices:
-            if self._least_bytes.always_fits(slots):
+            if candidate.rule is None and self._least_bytes.packs(slots, groups):
                 return True
             split = self._least_bytes.split(slots, candidate.rule, groups)
             return split is not None and split.fits(slots)
