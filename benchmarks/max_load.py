@@ -17,18 +17,17 @@ import numpy as np
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.schedules.objective import StagePrice
-from ipu_pipeline.planner.search.bottleneck import (
-    Bools,
-    BottleneckSearch,
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, search_tables
+from ipu_pipeline.planner.search.ideal_program import (
     IdealProgram,
     IdealTable,
     StagePositions,
     State,
-    search_tables,
 )
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
 from ipu_pipeline.planner.search.problem import Problem, Slot, Value, bits, closure, mask_of
 from ipu_pipeline.planner.search.stage_costs import (
+    Bools,
     Floats,
     Ints,
     StageCosts,

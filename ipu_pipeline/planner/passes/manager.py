@@ -152,7 +152,7 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._left = deque(_TOKEN.findall(text))
+        self._left: deque[str] = deque(_TOKEN.findall(text))
 
     @property
     def next(self) -> str:
@@ -206,7 +206,8 @@ def parse_passes(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: The text has another form, or an option is given twice.
     """
-    reader, found = _Reader(text), []
+    reader = _Reader(text)
+    found: list[tuple[str, dict[str, Any]]] = []
     while reader.next:
         if found:
             reader.take(",")
