@@ -268,6 +268,7 @@ class MaxLoadSearch(BottleneckSearch):
     rows: DirectCosts
     layout: HostedPositions
     program = HostedProgram
+    _tight = False  # stages on host cores are not counted ahead
 
     def at_once(self) -> float:
         """Bound without a search; a host core is worth part of a device."""

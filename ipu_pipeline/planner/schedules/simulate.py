@@ -259,30 +259,29 @@ def _lock_stepped(
     Returns:
         The events by row, and the end of the last cycle.
     """
-
-    def one(action: Action) -> _Pass:
-        return passes[len(KINDS) * action.stage + KINDS.index(action.kind)]
-
+    names = ((stage, kind) for stage in range(schedule.num_stages) for kind in KINDS)
+    known = dict(zip(names, passes, strict=True))
+    devices = [known[row[0].stage, row[0].kind].device for row in schedule.rows]
     found: Rows = [[] for _ in schedule.rows]
     cycle_s = 0.0
     for cycle in cycles(schedule):
         free, copies = [], []
         for events, cell in zip(found, cycle, strict=True):
-            now = cycle_s
+            now, copy_s = cycle_s, 0.0
             for action in cell:
-                device, kind, _, compute_s, _ = one(action)
-                done_s = now + compute_s
-                events.append(Event(device, kind, action.stage, action.microbatch, now, done_s))
-                now = done_s
+                stage, microbatch = action.stage, action.microbatch
+                device, kind, before_s, compute_s, after_s = known[stage, action.kind]
+                events.append(_make((device, kind, stage, microbatch, now, now + compute_s)))
+                now, copy_s = now + compute_s, copy_s + (before_s + after_s)
             free.append(now)
-            copies.append(sum(one(a).before_s + one(a).after_s for a in cell))
+            copies.append(copy_s)
         met = max(free) if common_s else cycle_s
         if common_s is not None:
             starts = any(action.kind == "F" and action.stage == 0 for c in cycle for action in c)
             copies = [common_s[0] + common_s[1] * starts] * len(cycle)
         cycle_s = max(max(now, met) + copy_s for now, copy_s in zip(free, copies, strict=True))
-        for events, row, now, copy_s in zip(found, schedule.rows, free, copies, strict=True):
-            device, start_s = one(row[0]).device, max(now, met)
+        for events, device, now, copy_s in zip(found, devices, free, copies, strict=True):
+            start_s = max(now, met)
             _wait(events, device, now, start_s)
             if copy_s > 0:
                 events.append(Event(device, "copy", None, None, start_s, start_s + copy_s))
