@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Action, Schedule
+from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.price import (
     price,
     schedule_problem,
