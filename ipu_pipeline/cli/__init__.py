@@ -22,7 +22,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
-from ipu_pipeline.cli.launch import launch_command
+from ipu_pipeline.cli.launch import dryrun_command, launch_command
 from ipu_pipeline.cli.layouts import export_command, import_command, predict_command
 from ipu_pipeline.cli.options import (
     Force,
@@ -44,12 +44,7 @@ from ipu_pipeline.cli.options import (
     save_plan,
 )
 from ipu_pipeline.cli.progress import LOGGER, progress_line
-from ipu_pipeline.cli.report import (
-    compare_command,
-    dryrun_command,
-    report_command,
-    simulate_command,
-)
+from ipu_pipeline.cli.report import compare_command, report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
 from ipu_pipeline.errors import INTERRUPTED, PipelineError, printable
 

@@ -1,8 +1,9 @@
-"""The command ``launch``: start a script in the processes of a plan."""
+"""The processes of a plan: ``launch`` starts a script in them, ``dryrun`` plays one rank."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shlex
 import socket
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import Force, PlanFile, counted
+from ipu_pipeline.cli.options import Force, JsonOption, PlanFile, TaskOption, counted
 from ipu_pipeline.ir.limits import count_of
 
 if TYPE_CHECKING:
@@ -211,3 +212,29 @@ def _write_slurm_file(spec: LaunchSpec, plan: Plan, file: Path) -> None:
         f"Slurm file written to {file}: {spec.described} on {spec.num_nodes} node(s)\n"
         f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(file))}"
     )
+
+
+def dryrun_command(
+    plan_file: PlanFile,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Its config, as given to plan; default: only messages."),
+    ] = None,
+    task: TaskOption = None,
+    rank: Annotated[
+        int, counted("--rank", "num_devices", "Of replica x pipeline x tp, tp fastest.", 0)
+    ] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the messages of all ranks, and play one rank: its memory, collectives, messages."""
+    from ipu_pipeline.backends.cluster.dryrun.report import dry_run, model_of
+    from ipu_pipeline.cli.progress import progress_line
+    from ipu_pipeline.ir.plan import Plan
+
+    plan = Plan.load(plan_file)
+    with progress_line():
+        given = () if model is None else model_of(plan, model, task)
+        found = dry_run(plan, rank, *given)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.text())
+    if found.messages.problem:
+        raise typer.Exit(1)

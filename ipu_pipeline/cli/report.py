@@ -1,4 +1,4 @@
-"""Commands about saved plans: ``simulate``, ``report``, ``compare``, ``dryrun``."""
+"""Commands about saved plans: ``simulate``, ``report``, ``compare``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import Force, JsonOption, PlanFile, TaskOption, counted
+from ipu_pipeline.cli.options import Force, JsonOption, PlanFile
 
 
 def simulate_command(
@@ -77,29 +77,3 @@ def compare_command(
     if names[0] == names[1]:
         names = [str(path) for path in (first, second)]
     typer.echo(compare_text(Plan.load(first), Plan.load(second), names))
-
-
-def dryrun_command(
-    plan_file: PlanFile,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Its config, as given to plan; default: only messages."),
-    ] = None,
-    task: TaskOption = None,
-    rank: Annotated[
-        int, counted("--rank", "num_devices", "Of replica x pipeline x tp, tp fastest.", 0)
-    ] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Check the messages of all ranks, and play one rank: its memory, collectives, messages."""
-    from ipu_pipeline.backends.cluster.dryrun.report import dry_run, model_of
-    from ipu_pipeline.cli.progress import progress_line
-    from ipu_pipeline.ir.plan import Plan
-
-    plan = Plan.load(plan_file)
-    with progress_line():
-        given = () if model is None else model_of(plan, model, task)
-        found = dry_run(plan, rank, *given)
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.text())
-    if found.messages.problem:
-        raise typer.Exit(1)
