@@ -113,8 +113,7 @@ class BottleneckSearch:
         for step in self._ladder():
             table, limit = self._sweep("max", step, self.depths, settled=not self._tight), step
             if self._tight and self._has_pipeline(table):
-                with suppress(_DoesNotFitError):
-                    self._offer_all(table)
+                self._offer_all(table)
                 limit = self._sharpened(step)
                 table = self._sweep("max", limit, self.depths)
             if self._has_pipeline(table):
@@ -205,7 +204,8 @@ class BottleneckSearch:
     def _offer_all(self, table: IdealTable) -> None:
         for depth in self.depths:
             if table.best[depth, 0] < inf:
-                self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
+                with suppress(_DoesNotFitError):  # by their lower bounds alone stages may seem to
+                    self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
 
     def offer(self, boundaries: Sequence[int]) -> PricedPipeline:
         """Price a pipeline exactly and keep it."""
