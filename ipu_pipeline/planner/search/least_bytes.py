@@ -58,7 +58,7 @@ class LeastBytes:
             entering[value.producer + 1 : value.consumers.bit_length()] += value.held_bytes
         self._per_microbatch = self._shared(problem.inputs) + entering[:, None]
         self._order = [(1 << done) - 1 for done in range(count + 1)]
-        most = max(map(len, problem.options))
+        most = max(map(len, problem.options), default=0)
         padded = [[*ways, *[_NONE] * (most - len(ways))] for ways in problem.options]
         self._stash = np.array([[o.stash_bytes for o in ways] for ways in padded], float)
         self._fixed = np.array([[o.fixed_bytes for o in ways] for ways in padded], float)
