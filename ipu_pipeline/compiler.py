@@ -144,8 +144,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
 
 
 def _with_shares(made: Plan, wanted: Literal["auto", "even"] | Sequence[float] | None) -> Plan:
-    """Spread the vocabulary where the split is the backend's own, which knows no shares."""
-    if wanted is None or wanted == "auto" or made.vocabulary is not None:
+    """Spread the vocabulary where the split is the backend's own and has no shares."""
+    if wanted is None or wanted == "auto" or made.vocabulary or shares(made.graph):
         return made
     rows = vocabulary_rows(made.graph, made.num_stages, wanted)
     return priced(replace(made, vocabulary=rows, decision_digest=""))

@@ -19,6 +19,7 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
 from ipu_pipeline.capture.lift import keep, lift, settle_hosts
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
@@ -300,6 +301,7 @@ def capture(
         tracing_patches(model),
         preserved_state(model),
         torch.set_grad_enabled(training),
+        naming_ids(model, CaptureError),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         if not on_meta:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +36,14 @@ def kv_cache_bytes(
     """
     known: Any = model
     config, dtype = known.config, known.dtype
-    layers = _layer_bytes(config, dtype, batch_size, length)
-    crossed = 0
-    if config.is_encoder_decoder:
-        keys, values = _keys_and_values(config, dtype, batch_size, encoder_length)
-        crossed = keys.nbytes + values.nbytes
+
+    def made(positions: int) -> list[Tensor]:
+        kept = _kept(model, config.get_text_config(decoder=True))
+        shapes = [(batch_size, kept.heads, positions, size) for size in (kept.key, kept.value)]
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+    layers = _layer_bytes(config, partial(made, length))
+    crossed = sum(t.nbytes for t in made(encoder_length)) if config.is_encoder_decoder else 0
     sizes: list[int] = []
     for stage in plan.stages:
         paths = [plan.graph[block].module for block in stage.blocks]
@@ -50,11 +55,12 @@ def kv_cache_bytes(
     return tuple(sizes)
 
 
-def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) -> list[int]:
-    """Return the bytes of every layer's own keys and values."""
+def _layer_bytes(config: Any, made: Callable[[], list[Tensor]]) -> list[int]:
+    """Return what every layer keeps, in bytes, of the keys and values of all positions."""
     layers: list[Any] = DynamicCache(config=config).layers
     if not layers:  # made as they are filled
-        layers += [DynamicLayer() for _ in range(_text(config).num_hidden_layers)]
+        number = config.get_text_config(decoder=True).num_hidden_layers
+        layers += [DynamicLayer() for _ in range(number)]
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LoweringError(
@@ -62,27 +68,31 @@ def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) 
                 "is not made of keys and values alone; measure it: generate once and look at the "
                 "cache (return_dict_in_generate=True)"
             )
-        layer.update(*_keys_and_values(config, dtype, batch_size, length))
+        layer.update(*made())
     return [layer.keys.nbytes + layer.values.nbytes for layer in layers]
 
 
-def _keys_and_values(
-    config: Any, dtype: torch.dtype, batch_size: int, length: int
-) -> tuple[Tensor, Tensor]:
-    """Return keys and values of one layer, without their values."""
-    text = _text(config)
+class _Kept(NamedTuple):
+    """What a layer keeps of a position: heads, and the sizes of their keys and values."""
+
+    heads: int
+    key: int
+    value: int
+
+
+def _kept(model: nn.Module, text: Any) -> _Kept:
+    if any(
+        hasattr(module, "expand_kv") for module in model.modules()
+    ):  # latents, and a rotated key
+        return _Kept(1, text.kv_lora_rank, text.qk_rope_head_dim)
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
     size = size or text.hidden_size // heads
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    key_size = getattr(text, "qk_head_dim", None) or size
-    value_size = getattr(text, "v_head_dim", None) or size
-    made = [
-        torch.empty(batch_size, kept, length, each, dtype=dtype, device="meta")
-        for each in (key_size, value_size)
-    ]
-    return made[0], made[1]
-
-
-def _text(config: Any) -> Any:
-    return config.get_text_config(decoder=True)
+    shared = getattr(text, "multi_query", False) and not getattr(
+        text, "new_decoder_architecture", False
+    )  # Falcon's
+    return _Kept(
+        1 if shared else getattr(text, "num_key_value_heads", None) or heads,
+        getattr(text, "qk_head_dim", None) or size,
+        getattr(text, "v_head_dim", None) or size,
+    )

@@ -17,6 +17,7 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.capture.loss_walk import loss_terms
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError, PlanError, listed
@@ -281,7 +282,8 @@ class Stage:
         self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
     ) -> None:
         def call(*inputs: Any) -> Any:
-            with block_scope(*key, program.name):  # entered again when it is recomputed
+            # entered again when it is recomputed
+            with block_scope(*key, program.name), naming_ids(program.module):
                 return blocks.run(program, inputs)
 
         inputs = tuple(values[name] for name in program.inputs)

@@ -45,6 +45,7 @@ from ipu_pipeline.backends.cluster.sharding import (
 )
 from ipu_pipeline.backends.cluster.shares import BatchShares
 from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
@@ -436,7 +437,7 @@ class DistributedExecutable(Executable):
     def _running(self, what: str) -> Iterator[None]:
         if self._closed:
             raise LoweringError("this executable was closed; compile the model again")
-        with self._watchdog.guarding(what, self.global_step):
+        with self._watchdog.guarding(what, self.global_step), naming_ids(self.model):
             yield
 
     def _looking(self) -> contextlib.AbstractContextManager[Any]:
