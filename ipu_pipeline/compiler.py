@@ -14,9 +14,9 @@ from torch import nn
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
+from ipu_pipeline.capture.from_config import dtype_for, in_dtype
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.patches import original_model
-from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph

@@ -334,8 +334,13 @@ def _gpu_capturer(
     Where the micro batch is searched, all follow from two that are captured.
     """
     from ipu_pipeline.capture import capture, model_identity
-    from ipu_pipeline.capture.from_config import config_named, from_config, on_meta
-    from ipu_pipeline.capture.precision import dtype_for, in_dtype
+    from ipu_pipeline.capture.from_config import (
+        config_named,
+        dtype_for,
+        from_config,
+        in_dtype,
+        on_meta,
+    )
     from ipu_pipeline.ir.micro_batches import extrapolated
 
     graphs: dict[int, BlockGraph] = {}

@@ -26,7 +26,7 @@ from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.kv_cache import kv_cache_bytes
+from ipu_pipeline.stages.calls import kv_cache_bytes
 from ipu_pipeline.stages.loss_shares import LossWeights
 from ipu_pipeline.stages.training import LossScaler
 
@@ -378,7 +378,7 @@ class Executable(ABC):
     def kv_cache_bytes(
         self, batch_size: int, length: int, encoder_length: int = 0
     ) -> tuple[int, ...]:
-        """Return the predicted bytes of every stage's KV cache; see :mod:`.kv_cache`."""
+        """Return the predicted bytes of every stage's KV cache; see :mod:`.calls`."""
         return kv_cache_bytes(self.model, self.plan, batch_size, length, encoder_length)
 
     def _call_model(

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
-from ipu_pipeline.capture.coroutine import Coroutine
+from ipu_pipeline.capture.glue_run import Coroutine
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.capture.values import tensors_in

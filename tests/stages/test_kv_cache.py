@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.kv_cache import kv_cache_bytes
+from ipu_pipeline.stages.calls import kv_cache_bytes
 from tests.backends.cluster.jobs import built
 from tools.coverage.rank_threads import on_threads
 
