@@ -139,7 +139,7 @@ def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
         return ParallelSizes(
             **one,
             dp=dp,
-            zero_stage=1,
+            zero_stage=_zero_stage(raw, one["pp"]),
             micro_batch=_micro_batch(raw, one["pp"] * one["vpp"], dp, assumptions),
             recompute=_recompute(raw.get("recompute")),
         )
@@ -147,11 +147,25 @@ def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
         raise UnjudgedRowError(str(error)) from error
 
 
+def _zero_stage(raw: Raw, pp: int) -> int:
+    """Stage 1, as Megatron; as stated; FSDP without a pipeline gathers weights, too."""
+    text = " ".join(str(raw.get(key)) for key in ("schedule", "split", "recompute", "note")).lower()
+    stated = re.search(r"zero[-_ ]?(?:stage[-_ ]?)?([0-3])", text)
+    if stated:
+        return int(stated[1])
+    return 3 if "fsdp" in text and pp == 1 else 1
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field says nothing."""
+    return value is None or str(value).strip().lower() in _NOTHING
+
+
 def number(raw: Raw, key: str) -> int | None:
     """Return a whole number, however it is spelled; ``None`` where the source has none."""
-    text = str(raw.get(key) if raw.get(key) is not None else "").replace(",", "").strip()
-    if text.lower() in _NOTHING:
+    if is_nothing(raw.get(key)):
         return None
+    text = str(raw[key]).replace(",", "").strip()
     try:
         found = float(text)
     except ValueError:

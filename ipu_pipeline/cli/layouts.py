@@ -122,7 +122,7 @@ def predict_layout(
     parsed.check()
     said = {name: value for name, value in settings.items() if value is not None}
     recompute = said.pop("recompute", "none")
-    parts = [] if recompute in ("none", "full") else recompute.split(",")
+    parts = [] if recompute in ("none", "full") else [one.strip() for one in recompute.split(",")]
     given = GivenLayout(
         lambda graph: blocks_of(parsed, graph),
         {name: size for name, size in sizes.items() if size is not None},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,13 @@ def tune_gpus(
     given = {name: value for name, value in named.items() if value is not None}
     settings = GpuSettings.read({"engine": "megatron", **given})
     request = GpuRequest(**fixed, settings=settings)
-    identity, capture = _capturer(
-        model, task, seq_length, named["precision"], searched=request.micro_batch is None
+    identity, capture = capturer(
+        model,
+        task,
+        seq_length,
+        named["precision"],
+        searched=request.micro_batch is None,
+        fused=settings.engine == "megatron",
     )
     with progress_bar() as shown:
         result = tune(capture, machine, request, identity, shown)
@@ -64,15 +70,23 @@ def tune_gpus(
     save_plan(result.best.plan, output, quiet=as_json)
 
 
-def _capturer(
-    model: str, task: str | None, seq_length: int, precision: str | None, *, searched: bool
+def capturer(
+    model: str,
+    task: str | None,
+    seq_length: int,
+    precision: str | None,
+    *,
+    searched: bool,
+    fused: bool,
 ) -> tuple[ModelIdentity, Callable[[int], BlockGraph]]:
     """Return what the plan remembers of the model, and what captures it for a micro batch.
 
-    Where the micro batch is searched, all follow from two that are captured.
+    Where the micro batch is searched, all follow from two that are captured. Attention with sinks
+    is one operation where the engine fuses it.
     """
     from ipu_pipeline.capture import capture, model_identity
     from ipu_pipeline.capture.from_config import config_named, from_config, on_meta
+    from ipu_pipeline.capture.patches import fused_sinks
     from ipu_pipeline.capture.precision import dtype_for, in_dtype
     from ipu_pipeline.ir.micro_batches import extrapolated
 
@@ -87,8 +101,10 @@ def _capturer(
 
     @cache
     def run(micro_batch: int) -> BlockGraph:
-        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
-        with config_named(model):
+        built, batch = from_config(
+            model, task, batch_size=micro_batch, seq_length=seq_length, padded=False
+        )
+        with config_named(model), fused_sinks(built) if fused else nullcontext():
             return capture(*in_dtype(built, batch, dtype_for(built, precision))).graph
 
     return model_identity(on_meta(model, task)), captured

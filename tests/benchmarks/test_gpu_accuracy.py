@@ -113,6 +113,9 @@ def test_seconds_come_from_whatever_was_published() -> None:
         ({"gpus": "1,024", "tp": 2.0, "vpp": "n/a", "global_batch": "2,048"}, {"dp": 256}),
         ({"gpu": "AMD Instinct MI300X 192 GB"}, {"machine": "mi300x-x8"}),
         ({"gpu": "NVIDIA GH200 96GB"}, {"machine": "gh200-x8"}),
+        ({"note": "DeepSpeed ZeRO-2"}, {"zero_stage": 2}),
+        ({"schedule": "FSDP2", "pp": 1}, {"zero_stage": 3}),
+        ({"schedule": "1F1B with FSDP"}, {"zero_stage": 1}),
     ],
 )
 def test_rows_are_read_however_the_format_allows(
@@ -176,12 +179,14 @@ def test_a_later_recipe_that_does_not_fit_is_not_what_ran() -> None:
            "global_batch": 128}  # fmt: skip
     gb = {"gpu": "GB300", "micro_batch": 16}
     stated = read_run({**big, "gpu": "H100"})
+    silent = read_run({**big, "gpu": "H100", "recompute": None})
     h100, gb300 = (
         read_run({**big, "recompute": RECIPE, **change}) for change in ({"gpu": "H100"}, gb)
     )
     assert not stated.fits()
     assert stated.row.sizes.recompute == ()
-    assert h100.row.sizes.recompute == ("full",)
+    assert h100.row.sizes.recompute == silent.row.sizes.recompute == ("full",)
+    assert "its recomputation is not stated" in silent.row.assumptions[-1]
     assert "a later commit's recipe: full recomputed" in h100.row.assumptions[-1]
     assert gb300.fits()
     assert gb300.on_device == 0.5

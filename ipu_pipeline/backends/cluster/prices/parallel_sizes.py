@@ -167,6 +167,7 @@ class GpuSettings:
             )
         if found.gradient_bytes not in (None, 2, 4):
             raise PlanError(f"gradient_bytes must be 2 or 4, got {found.gradient_bytes}")
+        found = replace(found, recompute=tuple(dict.fromkeys(found.recompute)))
         found.sizes()
         return found
 
