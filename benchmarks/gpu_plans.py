@@ -1,7 +1,7 @@
 """What ``tune`` proposes for experts on 16 to 2,048 GPUs: ``python -m benchmarks.gpu_plans``.
 
 One row a model and number of H100s, as ``ipu-pipeline tune`` finds it from a ``config.json`` in
-bfloat16, with the bound and the gap. ``--json`` is read by ``benchmarks.predictions_page``.
+bfloat16, with the bound and the gap. The table stands in ``docs/checks/predictions.md``.
 """
 
 from __future__ import annotations
@@ -55,15 +55,21 @@ def plans(names: Sequence[str], counts: Sequence[int], gpu: str) -> Iterator[dic
                     yield {**row, "reason": str(error).partition("; use")[0]}
                     continue
                 best = found["front"][0]
-                yield {**row, **best, "gap": 1 - found["bound_s"] / best["step_s"],
+                yield {**row, **best, "gap": 1 - best["bound_s"] / best["step_s"],
                        "seconds": found["seconds"], "limits": found["limits"]}  # fmt: skip
+
+
+_HEAD = """\
+| model | GPUs | sizes | batch | recompute | GB | tokens/s a GPU | step s | MFU | bound s | gap |
+|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|
+"""
 
 
 def text_row(row: dict[str, Any]) -> str:
     """Return one row of the table of the page."""
     begin = f"| {row['model']} | {row['gpus']:,} "
     if "reason" in row:
-        return f"{begin}| does not fit | | | | | | |"
+        return f"{begin}| does not fit | | | | | | | | |"
     sizes = " ".join(f"{name}{row[name]}" for name in ("pp", "vpp", "dp", "tp", "cp", "ep")
                      if row[name] > 1)  # fmt: skip
     batch = f"{row['microbatches']} x {row['micro_batch']}"
@@ -71,7 +77,7 @@ def text_row(row: dict[str, Any]) -> str:
     return (
         f"{begin}| {sizes} zero{row['zero_stage']} | {batch} | {'+'.join(again) or 'none'} "
         f"| {row['memory_bytes'] / 1e9:.1f} | {row['tokens_per_s'] / row['gpus']:,.0f} "
-        f"| {row['mfu']:.1%} | {row['gap']:.1%} |"
+        f"| {row['step_s']:.2f} | {row['mfu']:.1%} | {row['bound_s']:.2f} | {row['gap']:.1%} |"
     )
 
 
@@ -83,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu", default="h100", help="family of machines")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
     given = parser.parse_args(arguments)
+    print("" if given.json else _HEAD, end="")
     for row in plans(given.models, given.gpus, given.gpu):
         print(json.dumps(row) if given.json else text_row(row), flush=True)
 

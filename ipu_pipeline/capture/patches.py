@@ -85,11 +85,11 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 def _without_sinks(plain: Any, layer: nn.Module, *tensors: Any, **named: Any) -> Any:
     if not hasattr(layer, "sinks"):
         return plain(layer, *tensors, **named)
-    *attended, mask = tensors
+    query, key, value, mask = tensors
     windowed = named.get("sliding_window") is not None
     found = functional.scaled_dot_product_attention(
-        *attended, mask if windowed else None, is_causal=not windowed, scale=named["scaling"],
-        enable_gqa=True,
+        query, key, value, mask if windowed else None, is_causal=not windowed,
+        scale=named["scaling"], enable_gqa=True,
     )  # fmt: skip
     return found.transpose(1, 2).contiguous(), None
 

@@ -62,9 +62,9 @@ PATCHES = (
         "transformers.models.gpt_oss.modeling_gpt_oss.eager_attention_forward",
         "attention with sinks is priced as one operation",
         "transformers 5.23",
-        lambda: import_module(
-            "transformers.models.gpt_oss.modeling_gpt_oss"
-        ).eager_attention_forward,
+        lambda: (
+            import_module("transformers.models.gpt_oss.modeling_gpt_oss").eager_attention_forward
+        ),
         ("module", "query", "key", "value", "attention_mask", "scaling"),
     ),
     Patch(

@@ -13,11 +13,15 @@ row; labels search the rest. There the sweep still gives a bound (``relaxed_boun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from itertools import chain as joined
 from math import inf
 from time import monotonic
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -25,8 +29,8 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
 from ipu_pipeline.planner.schedules.objective import Path
 from ipu_pipeline.planner.search.bottleneck import (
-    Floats,
     IdealProgram,
+    OutOfTimeError,
     StagePositions,
     even_bound,
     search_tables,
@@ -222,10 +226,11 @@ class Engine:
         tables = [(self._rows_of(chain), layout)]
         found = search_tables(tables, [candidate.depth], (1, 0)).pipelines
         yield from (item.boundaries for item in found[:1])
-        if found:  # of all splits that fit like this, the most even one
+        if found:  # the most even of all splits that fit like this
             depths = [candidate.depth]
-            table = IdealProgram(*tables[0], _squares, inf, depths, self._deadline).run()
-            yield tuple(chain.masks[place] for place in table.path(candidate.depth))
+            with suppress(OutOfTimeError):
+                table = IdealProgram(*tables[0], _squares, inf, depths, self._deadline).run()
+                yield tuple(chain.masks[place] for place in table.path(candidate.depth))
         least = self._least_bytes.split(candidate.slots, candidate.rule, self.problem.together)
         if least is not None:
             yield tuple(accumulate(mask for mask, _ in least.stages))
@@ -333,8 +338,10 @@ def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) ->
     return StagePositions(slots, starts[-2::-1], uniform=False)
 
 
-def _squares(loads: Floats, behind: Floats, *_: object) -> Floats:
-    return loads**2 + behind
+def _squares(
+    loads: NDArray[np.float64], behind: NDArray[np.float64], *_: object
+) -> NDArray[np.float64]:
+    return loads * loads + behind
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def captured_model(
     found = load_config(config)
     if precision is not None or found.dtype is None:
         found.dtype = precision if precision in ("float16", "float32") else "bfloat16"
-    size = {"batch_size": micro_batch, "seq_length": seq_length}
+    size: dict[str, Any] = {"batch_size": micro_batch, "seq_length": seq_length}
     built, batch = from_config(found, task, **size, padded=False)
     with config_named(config), fused_sinks(built):
         return GivenModel(capture(built, batch).graph, model_identity(built))

@@ -167,7 +167,6 @@ class GpuSettings:
             )
         if found.gradient_bytes not in (None, 2, 4):
             raise PlanError(f"gradient_bytes must be 2 or 4, got {found.gradient_bytes}")
-        found = replace(found, recompute=tuple(dict.fromkeys(found.recompute)))
         found.sizes()
         return found
 
@@ -214,6 +213,11 @@ class GpuSettings:
             weight_bytes=_FLOAT_BYTES if plain else 2,
             state_bytes=OPTIMIZERS[self.optimizer] + (0 if plain else _FLOAT_BYTES),
         )
+
+
+def parts_named(text: str) -> tuple[str, ...]:
+    """Return parts of layers that are separated by commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def dtype_of(graph: BlockGraph) -> str:
