@@ -1,1 +1,1 @@
-"""Benchmarks: the solver on public instances, its scaling, and our splits against baselines."""
+"""Benchmarks: the suite, the solver on public instances, prices against published numbers."""

@@ -5,9 +5,9 @@
 Two uneven models: a BERT with a large vocabulary (masked language modelling: the head is half of
 the work) and a T5 (decoder layers cost more than encoder layers, and the head more than both). The
 blocks are profiled on this machine, the plans are made once (ours by the solver, the others by the
-rules of ``baselines.py``, all priced by the same measurements), and one job per number of processes
-trains every plan with 1 thread per process: all split alike but for the blocks of a stage, by turns
-in every round. Losses of the first step are compared: they do not depend on the split.
+two rules, all priced by the same measurements), and one job per number of processes trains them
+with 1 thread per process: all split alike but for the blocks of a stage, by turns in every round.
+Losses of the first step are compared: they do not depend on the split.
 
 4 processes on a machine of 2 cores share them: an idle stage then gives its core to a busy one, so
 the advantage of a balanced split is smaller than on 4 cores. The table says so, and gives the
@@ -22,7 +22,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,12 +34,12 @@ import transformers
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
-from benchmarks.baselines import BASELINES
 from benchmarks.processes import Step, interleaved, is_started, ratio, start
 from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
 from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE
 from ipu_pipeline.capture import capture, model_identity
 from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import counted_costs, make_plan
@@ -60,7 +61,35 @@ MODELS: Mapping[str, tuple[str, transformers.PretrainedConfig]] = {
         ),
     ),
 }  # fmt: skip
-SYSTEMS = ("ours", "even layers", "even parameters")
+Split = tuple[tuple[str, ...], ...]
+
+
+def even_layers(graph: BlockGraph, num_stages: int) -> Split:
+    """Equal numbers of layers; what precedes them with the first, the rest with the last."""
+    layers = [i for i, block in enumerate(graph.blocks) if block.kind == "layer"]
+    return _cut(graph, [layers[len(layers) * s // num_stages] for s in range(1, num_stages)])
+
+
+def even_parameters(graph: BlockGraph, num_stages: int) -> Split:
+    """Cut where the running number of parameters is nearest to an even share."""
+    sizes = (
+        sum(graph.parameter_by_fqn[fqn].numel for fqn in block.parameters) for block in graph.blocks
+    )
+    total = [0, *accumulate(sizes)]
+    shares = [total[-1] * stage / num_stages for stage in range(1, num_stages)]
+    return _cut(graph, [min(range(1, len(total)), key=lambda c: abs(total[c] - s)) for s in shares])
+
+
+def _cut(graph: BlockGraph, cuts: Sequence[int]) -> Split:
+    bounds = [0, *cuts, len(graph.blocks)]
+    return tuple(tuple(b.name for b in graph.blocks[i:j]) for i, j in pairwise(bounds))
+
+
+BASELINES: Mapping[str, Callable[[BlockGraph, int], Split]] = {
+    "even layers": even_layers,
+    "even parameters": even_parameters,
+}
+SYSTEMS = ("ours", *BASELINES)
 
 
 def build(name: str, samples: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -95,7 +124,7 @@ def make_plans(
     )
     found: dict[str, Partition] = {"ours": solve(captured.graph, costs, machine, limits)}
     for system in SYSTEMS[1:]:
-        split = BASELINES[system](captured.graph, costs, machine, processes)
+        split = BASELINES[system](captured.graph, processes)
         found[system] = solve(captured.graph, costs, machine, limits.with_stages(split))
     return {
         system: (made, made.objective_s)

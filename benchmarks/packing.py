@@ -35,7 +35,7 @@ from transformers import default_data_collator  # noqa: E402
 
 from tasks.features import Setup  # noqa: E402
 from tasks.labels import choose_classes, label_config  # noqa: E402
-from tasks.packing import packed  # noqa: E402
+from tasks.packed_model import packed  # noqa: E402
 from tasks.question_answering import build_features, read_squad  # noqa: E402
 from tasks.samples import read_rows  # noqa: E402
 from tasks.table import TASKS  # noqa: E402

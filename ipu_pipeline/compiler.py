@@ -14,9 +14,9 @@ from torch import nn
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
+from ipu_pipeline.capture.from_config import dtype_for, in_dtype
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.patches import original_model
-from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, LoweringError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -144,8 +144,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
 
 
 def _with_shares(made: Plan, wanted: Literal["auto", "even"] | Sequence[float] | None) -> Plan:
-    """Spread the vocabulary where the split is the backend's own, which knows no shares."""
-    if wanted is None or wanted == "auto" or made.vocabulary is not None:
+    """Spread the vocabulary where the split is the backend's own and has no shares."""
+    if wanted is None or wanted == "auto" or made.vocabulary or shares(made.graph):
         return made
     rows = vocabulary_rows(made.graph, made.num_stages, wanted)
     return priced(replace(made, vocabulary=rows, decision_digest=""))

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from demo_model import load_model, load_processor
 from fine_tuning import prepare
-from script_data import find_classes, media_data, read_splits
+from script_data import find_classes, media_data, name_of, read_splits
 from trainer_run import TrainerJob, TrainerOptions, run_trainer
 from transformers import Trainer, default_data_collator
 
 from ipu_pipeline.train.arguments import option
 from tasks.labels import class_name, label_config, number_of
-from tasks.samples import Row, Rows, require
+from tasks.samples import Row, Rows, in_data, require
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,10 @@ def classify(
     prepare(options)
     rows = read_splits(options)
     classes = find_classes(_labels_of, rows, options)
+    for split, samples in rows.items():
+        with in_data(name_of(split, options)):  # now: features are made when they are needed
+            for i, label in enumerate(_labels_of(samples, options)):
+                number_of(label, classes, f"row {i}")
     name = options.model_name_or_path
     model = load_model(name, auto_class, **label_config(classes))
     processor = load_processor(name, auto_processor)

@@ -23,7 +23,7 @@ from ipu_pipeline.train.data import build_collator, keyed_randomness
 from tasks.evaluation import baseline_scores, evaluate_task
 from tasks.features import Setup
 from tasks.labels import label_config
-from tasks.packing import packed
+from tasks.packed_model import packed
 from tasks.samples import in_data
 from tasks.table import TASKS, Task
 

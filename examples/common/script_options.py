@@ -20,7 +20,6 @@ from ipu_pipeline.errors import PipelineError, printable
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.arguments import option, unread_by_the_loop
 
-_OUTSIDE_OF_A_TABLE = "index out of range in self"  # torch, of a lookup
 _TRANSFORMERS = frozenset(item.name for item in fields(TrainingArguments))
 
 
@@ -173,10 +172,3 @@ def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> N
         sys.exit(f"error: {printable(str(error))}")
     except OSError as error:
         sys.exit(f"error: {printable(str(error))}; make room, or write elsewhere")
-    except IndexError as error:
-        if str(error) != _OUTSIDE_OF_A_TABLE:
-            raise
-        sys.exit(
-            "error: a token or a position is in no table of the model; give the tokenizer that "
-            "belongs to the model, and sequences no longer than the model has positions"
-        )

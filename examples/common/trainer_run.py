@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from plan_report import is_first, say
@@ -16,9 +17,13 @@ from script_run import write_results
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
+from ipu_pipeline.capture.named_ids import naming_ids
+from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.train import PipelineMixin
 from ipu_pipeline.train.arguments import num_processes, option
+from ipu_pipeline.train.checkpoints import find_resume_checkpoint
 from ipu_pipeline.train.data import Collator
+from ipu_pipeline.train.output_folder import newest_checkpoint, run_of_trainer_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -74,6 +79,9 @@ class TrainerJob:
     callbacks: Sequence[TrainerCallback] = ()
 
 
+_newest = partial(newest_checkpoint, run_of=run_of_trainer_checkpoint)
+
+
 def run_trainer(options: TrainerOptions, job: TrainerJob) -> Trainer:
     """Train and evaluate as the options say; write results, model and plan.
 
@@ -94,21 +102,27 @@ def run_trainer(options: TrainerOptions, job: TrainerJob) -> Trainer:
         callbacks=[*job.callbacks],
     )
     try:
-        if options.do_train:
-            result = trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
-            trainer.save_model()
-            trainer.save_state()
-            write_results(options, "train", result.metrics)
-        if options.do_eval:
-            scores = trainer.evaluate()
-            write_results(options, "eval", scores)
-            # with --prediction_loss_only there is no other score
-            name = job.main_metric if f"eval_{job.main_metric}" in scores else "loss"
-            say(f"{name} {scores[f'eval_{name}']:.4g} on {len(job.data['validation'])} samples")
-        plan = getattr(trainer, "plan", None)
-        if plan is not None and is_first():
-            plan.save(options.folder / "plan.json")
+        with naming_ids(job.model, DatasetError):  # those of --unsplit are torch's own
+            _run(options, job, trainer)
     finally:
         if isinstance(trainer, PipelineMixin):
             trainer.close()
     return trainer
+
+
+def _run(options: TrainerOptions, job: TrainerJob, trainer: Trainer) -> None:
+    if options.do_train:
+        path = find_resume_checkpoint(options, _newest)
+        result = trainer.train(resume_from_checkpoint=path and str(path))
+        trainer.save_model()
+        trainer.save_state()
+        write_results(options, "train", result.metrics)
+    if options.do_eval:
+        scores = trainer.evaluate()
+        write_results(options, "eval", scores)
+        # with --prediction_loss_only there is no other score
+        name = job.main_metric if f"eval_{job.main_metric}" in scores else "loss"
+        say(f"{name} {scores[f'eval_{name}']:.4g} on {len(job.data['validation'])} samples")
+    plan = getattr(trainer, "plan", None)
+    if plan is not None and is_first():
+        plan.save(options.folder / "plan.json")

@@ -28,7 +28,7 @@ from transformers import default_data_collator
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train.data import Collator
 from tasks.evaluation import EvalOutput, evaluate_loop
-from tasks.packing import packed
+from tasks.packed_model import packed
 from tasks.question_answering import (
     QuestionAnsweringDataset,
     score_predictions,

@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model, load_processor
 from fine_tuning import prepare
-from model_loading import has_no_weights
-from script_data import media_data, name_of, read_splits
+from script_data import media_data, read_splits
 from script_options import run_command_line
 from trainer_run import TrainerJob, TrainerOptions, run_trainer
 from transformers import Wav2Vec2Processor
@@ -33,10 +32,10 @@ from tasks.speech import (
     SpeechOptions,
     collate_speech,
     ctc_tokenizer,
-    letters,
     require_frames,
     spoken_frames,
     text_scores,
+    tokenizer_for,
 )
 
 
@@ -51,11 +50,7 @@ def run(options: Options) -> Any:
     rows = read_splits(options)
     name = options.model_name_or_path
     extractor = load_processor(name, "AutoFeatureExtractor")
-    if has_no_weights(Path(name)):
-        named = {name_of(split, options): part for split, part in rows.items()}
-        tokenizer = ctc_tokenizer(letters(named, options), options.folder)
-    else:
-        tokenizer = load_processor(name, "AutoTokenizer")
+    tokenizer = tokenizer_for(options, rows, partial(ctc_tokenizer, folder=options.folder))
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     model = load_model(name, "AutoModelForCTC", **sizes)
 

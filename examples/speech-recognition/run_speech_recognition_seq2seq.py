@@ -23,14 +23,20 @@ import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model, load_processor
 from fine_tuning import prepare
 from model_loading import has_no_weights
-from script_data import media_data, name_of, read_splits
+from script_data import media_data, read_splits
 from script_options import run_command_line
 from trainer_run import Seq2SeqOptions, TrainerJob, run_trainer
 from transformers import Seq2SeqTrainer, WhisperProcessor
 
 from ipu_pipeline.train.arguments import option
 from tasks.samples import Row
-from tasks.speech import SpeechOptions, collate_speech, letters, text_scores, whisper_tokenizer
+from tasks.speech import (
+    SpeechOptions,
+    collate_speech,
+    text_scores,
+    tokenizer_for,
+    whisper_tokenizer,
+)
 
 
 @dataclass(kw_only=True)
@@ -47,15 +53,12 @@ def run(options: Options) -> Any:
     rows = read_splits(options)
     name = options.model_name_or_path
     extractor = load_processor(name, "AutoFeatureExtractor")
+    tokenizer, tokens = tokenizer_for(options, rows, whisper_tokenizer), {}
     if has_no_weights(Path(name)):
-        named = {name_of(split, options): part for split, part in rows.items()}
-        tokenizer = whisper_tokenizer(letters(named, options))
         end = tokenizer.eos_token_id
         tokens = {"vocab_size": len(tokenizer), "pad_token_id": end, "bos_token_id": end,
                   "eos_token_id": end, "decoder_start_token_id":
                   tokenizer.convert_tokens_to_ids("<|startoftranscript|>")}  # fmt: skip
-    else:
-        tokenizer, tokens = load_processor(name, "AutoTokenizer"), {}
     model = load_model(name, "AutoModelForSpeechSeq2Seq", **tokens)
     if options.language or options.task:
         tokenizer.set_prefix_tokens(language=options.language, task=options.task)

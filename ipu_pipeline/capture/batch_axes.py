@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
+from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import close_enough, compared, is_weighted_sum
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import not_compiled, preserved_state
 from ipu_pipeline.capture.python_state import (
@@ -32,7 +33,7 @@ from ipu_pipeline.capture.python_state import (
     seed_torch,
 )
 from ipu_pipeline.capture.state import PutBack
-from ipu_pipeline.capture.values import compared, named_tensors
+from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
 
 Axes = Mapping[str, int | None]
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 # Choices of axes that are tried before the first that runs at all is taken.
 MAX_CHOICES = 24
-# A loss is one number: its rounding errors are small, and so may be what mixes samples.
-LOSS_TOLERANCE = 2e-5
 # transformers' own inputs of which the axis of samples is known.
 _BATCH_FIRST = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
@@ -416,39 +415,6 @@ def _weights(results: Sequence[PlainRun]) -> tuple[float, float] | None:
         pairs = zip(*counts, strict=True)
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
     return next((w for w in rules if is_weighted_sum(both.tensors[LOSS], w, losses)), None)
-
-
-def is_weighted_sum(
-    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None], floor: float = 1e-3
-) -> bool:
-    """Whether ``whole``, a loss, is the sum of its parts with these weights.
-
-    Rounding errors are those of numbers of the size ``floor`` at least.
-    """
-    pairs = zip(weights, parts, strict=True)
-    kept = [weight * part for weight, part in pairs if weight and part is not None]
-    if not kept:
-        return False
-    return close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE, floor)
-
-
-def as_exact_as(model: nn.Module, loss: Tensor) -> Tensor:
-    """Return a loss in the lowest precision of a model's parameters, in which it is compared."""
-    lowest = next((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), loss.dtype)
-    return loss.to(lowest)
-
-
-def close_enough(
-    a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE, floor: float = 1e-3
-) -> bool:
-    """Whether results are equal but for rounding."""
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    allowed = TOLERANCE.get(a.dtype, tolerance)
-    scale = float(a.detach().float().nan_to_num().abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, floor), equal_nan=True)
 
 
 class _Counting(TorchFunctionMode):

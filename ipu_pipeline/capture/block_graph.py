@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
-from ipu_pipeline.capture.cut_tensors import cut_styles
 from ipu_pipeline.capture.operations import OperationCounter, Operations
 from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.capture.recorder import BY_INPUTS, BY_OUTPUTS
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def block_graph(captured: CapturedModel) -> BlockGraph:
@@ -119,3 +123,35 @@ def parameter_specs(model: nn.Module, programs: Sequence[Program]) -> tuple[Para
         for parameter in model.parameters()
         if id(parameter) in users
     )
+
+
+def expanded_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Return the style of every module and parameter that the model's ``tp_plan`` names.
+
+    The plan has ``*`` for the numbers of layers, and a module stands for its parameters.
+    """
+    plan = dict(model.tp_plan or {})
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        style = plan.get(_NUMBER.sub(".*", path))
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".lstrip(".")
+            own = plan.get(_NUMBER.sub(".*", full), style)
+            if own is not None:
+                found[full] = own
+        if style is not None:
+            found[path] = style
+    return found
+
+
+def cut_styles(model: nn.Module) -> dict[int, str]:
+    """Return how ranks of tensor parallelism cut each parameter, by its id; others are whole."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            styles = expanded_plan(module)
+            for name, parameter in module.named_parameters():
+                style = styles.get(name, "")
+                if style in BY_OUTPUTS | BY_INPUTS:
+                    found.setdefault(id(parameter), style)
+    return found

@@ -18,15 +18,14 @@ from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
-from ipu_pipeline.capture.lift import keep, lift, settle_hosts
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
-from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.trace import Trace, trace_once
+from ipu_pipeline.capture.trace import Trace, keep, lift, settle_hosts, trace_once
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
@@ -222,12 +221,11 @@ class CapturedModel:
             keep(self._trace, key)
         if self.glue.session.live:
             settle_hosts(self._trace)
-        return replace(
-            _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
-            notes=self.notes,
-            _changed_backward=self._changed_backward,
-            _kinds=self._kinds,
-        )
+        return self.of(self._trace)
+
+    def of(self, trace: Trace) -> CapturedModel:
+        """Return the capture of ``trace``: of this one's, in which something was changed."""
+        return replace(self, _sized={}, **_parts(trace, training=self.training))
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
         """Return the program that computes what ``programs`` need from the model inputs alone."""
@@ -300,6 +298,7 @@ def capture(
         tracing_patches(model),
         preserved_state(model),
         torch.set_grad_enabled(training),
+        naming_ids(model, CaptureError),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         if not on_meta:
@@ -310,15 +309,20 @@ def capture(
             with contextlib.suppress(CaptureError):
                 opened = replace(leaves, glue=leaves.glue | losses)
                 recorded = trace_once(model, batch, opened, on_meta=on_meta)
-        recording = recording_models(model)
-    reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}): forward "
             "has to return it as 'loss', alone, or first in a tuple; add the labels to the batch "
             "if it needs them, or call model.eval() for a plan of inference"
         )
-    captured = _built(model, recorded, batch, granularity, training=training)
+    captured = CapturedModel(
+        model=model,
+        training=training,
+        granularity=granularity,
+        notes=(),
+        _batch=batch,
+        **_parts(recorded, training=training),
+    )
     if not self_check or on_meta:
         return captured
     with not_compiled(model):
@@ -326,26 +330,12 @@ def capture(
     return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
-def _built(
-    model: nn.Module,
-    recorded: Trace,
-    batch: Mapping[str, Any],
-    granularity: Granularity,
-    *,
-    training: bool,
-) -> CapturedModel:
-    coarse = coarsen_reads(recorded, lambda name: name == LOSS or not training)
-    return CapturedModel(
-        model=model,
-        programs=block_programs(coarse, recorded.attributes),
-        results={name: node.name for name, node in coarse.results.items()},
-        training=training,
-        granularity=granularity,
-        notes=(),
-        _batch=batch,
-        _trace=recorded,
-        _coarse=coarse,
-    )
+def _parts(trace: Trace, *, training: bool) -> dict[str, Any]:
+    """Return what a capture has of its trace."""
+    coarse = coarsen_reads(trace, training=training)
+    programs = block_programs(coarse, trace.attributes)
+    results = {name: node.name for name, node in coarse.results.items()}
+    return {"programs": programs, "results": results, "_trace": trace, "_coarse": coarse}
 
 
 def keep_for_reuse(captured: CapturedModel) -> None:
@@ -367,7 +357,7 @@ def take_kept(
         captured is None
         or parts != _trained_parts(model)
         or (captured.granularity, captured.training) != (granularity, training)
-        or described(captured._batch) != described(batch)
+        or inputs.described(captured._batch) != inputs.described(batch)
     ):
         return None
     return replace(captured, model=model)
@@ -376,11 +366,6 @@ def take_kept(
 def _trained_parts(model: nn.Module) -> list[tuple[bool, torch.dtype, torch.Size]]:
     """Return what a capture depends on of the parameters' objects; replays see the rest."""
     return [(p.requires_grad, p.dtype, p.shape) for p in model.parameters()]
-
-
-def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
-    return tuple((name, inputs.described(value)) for name, value in batch.items())
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import DEFAULT_TOLERANCE, TOLERANCE, compared, difference
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.patches import (
     patched_module_calls,
@@ -34,18 +35,12 @@ from ipu_pipeline.capture.patches import (
 from ipu_pipeline.capture.python_state import PythonState, seed_torch
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.capture.state import PlainState
-from ipu_pipeline.capture.values import compared, named_tensors
+from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.random import block_scope
 
 SEED = 1234
-# Relative to the largest value compared; captured and eager differ by 0 almost always.
-TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
-DEFAULT_TOLERANCE = 1e-4
-# So many elements are compared at once: temporary tensors are not as large as a table.
-COMPARED_AT_ONCE = 1 << 20
-
 Outcome = dict[str, Tensor]
 _SET_BY_GLUE = (
     "blocks run after the code between them, also that of later microbatches: if they read in "
@@ -108,7 +103,7 @@ def check_arrays(model: nn.Module, given: Mapping[str, Any], ready: Mapping[str,
             problem = f"fails ({type(error).__name__}: {error})"
             break
     else:
-        if not found or all(_difference(found[1].get(n), t) <= DEFAULT_TOLERANCE
+        if not found or all(difference(found[1].get(n), t) <= DEFAULT_TOLERANCE
                             for n, t in found[0].items()):  # fmt: skip
             return
         problem = "computes something else"
@@ -294,9 +289,9 @@ def _require_equal(
     if expected is None:
         assert found is not None
         expected = torch.zeros_like(found)
-    difference = _difference(found, expected)
+    distance = difference(found, expected)
     allowed = TOLERANCE.get(expected.dtype, DEFAULT_TOLERANCE)
-    if difference <= allowed:
+    if distance <= allowed:
         return
     why = _SET_BY_GLUE
     iterators = [
@@ -317,7 +312,7 @@ def _require_equal(
         )
     raise CaptureError(
         f"the captured {type(model).__name__} differs from the model on other data: {name} by "
-        f"{difference:.3g} of its scale (allowed {allowed:g}); {why}"
+        f"{distance:.3g} of its scale (allowed {allowed:g}); {why}"
     )
 
 
@@ -347,26 +342,6 @@ def _now(model: nn.Module, fqn: str, tensor: Tensor) -> Tensor:
 def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch that the model may write to."""
     return {n: v.clone() if isinstance(v, Tensor) else v for n, v in batch.items()}
-
-
-def _difference(found: Tensor | None, reference: Tensor) -> float:
-    """Return the largest difference relative to the scale of ``reference`` (at least 1e-3)."""
-    if found is None:
-        return 0.0 if not reference.any() else float("inf")
-    if found.shape != reference.shape:
-        return float("inf")
-    if torch.equal(found, reference):
-        return 0.0
-    if not reference.is_floating_point():
-        return float("inf")
-    delta = scale = 0.0
-    pairs = (t.detach().reshape(-1).split(COMPARED_AT_ONCE) for t in (found, reference))
-    for one, other in zip(*pairs, strict=True):
-        if not torch.equal(one.isfinite(), other.isfinite()):
-            return float("inf")
-        delta = max(delta, float((one - other).nan_to_num(0.0, 0.0, 0.0).abs().max()))
-        scale = max(scale, float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()))
-    return delta / max(scale, 1e-3)
 
 
 @contextmanager

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ from torch.nn.modules.loss import _Loss
 
 from ipu_pipeline.capture.leaves import Leaves, has_parameters
 from ipu_pipeline.capture.trace import Trace
+from ipu_pipeline.capture.values import reached
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockKind
 
@@ -70,13 +71,13 @@ def is_attribute(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coarse:
-    """Assign every node that the ``wanted`` results need to a block or to the prelude.
+def coarsen(trace: Trace, *, training: bool) -> Coarse:
+    """Assign every node that the results need, in training the loss, to a block or the prelude.
 
     Raises:
         CaptureError: No block was found.
     """
-    results = {name: node for name, node in trace.results.items() if wanted(name)}
+    results = {name: node for name, node in trace.results.items() if name == LOSS or not training}
     live = _live(trace, results.values(), trace.graph.output_node().meta.get("after", ()))
     prelude = _prelude(trace, live)
     assigned = _assign(trace, live, prelude)
@@ -89,7 +90,7 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     for node in assigned:
         if node.meta.get("host"):  # numbers do not cross from stage to stage
             assigned[node] = assigned[next(iter(node.users))]
-    kinds = _kinds(assigned, names, leaves)
+    kinds = _kinds(assigned, names, trace.glue.leaves)
     blocks = []
     for name, opener in names.items():
         nodes = tuple(n for n in trace.graph.nodes if assigned.get(n) == name)
@@ -99,13 +100,12 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     return Coarse(tuple(blocks), first, results, trace.changing)
 
 
-def coarsen_reads(trace: Trace, wanted: Callable[[str], bool]) -> Coarse:
+def coarsen_reads(trace: Trace, *, training: bool) -> Coarse:
     """Assign nodes to blocks as :func:`coarsen` does, values that Python reads in their order.
 
     A value that is computed from inputs alone can be read before the blocks run.
     """
-    leaves = trace.glue.leaves
-    coarse = coarsen(trace, leaves, wanted)
+    coarse = coarsen(trace, training=training)
     early = set(coarse.prelude)
     late: list[fx.Node] = []
     for call in trace.glue.calls:
@@ -120,25 +120,16 @@ def coarsen_reads(trace: Trace, wanted: Callable[[str], bool]) -> Coarse:
         late += [node] if call.is_late else []
     for before, node in pairwise(late):
         node.meta["after"] = tuple(dict.fromkeys((*node.meta["after"], before)))
-    return coarsen(trace, leaves, wanted) if len(late) > 1 else coarse
+    return coarsen(trace, training=training) if len(late) > 1 else coarse
 
 
-def _live(
-    trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
-) -> dict[fx.Node, None]:
+def _live(trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]) -> set[fx.Node]:
     kept = ("guard", "state", "effect")
     effects = (n for n in trace.graph.nodes if any(n.meta.get(key) for key in kept))
-    pending = [*results, *after, *effects]
-    live: dict[fx.Node, None] = {}
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live[node] = None
-            pending.extend(dependencies(node))
-    return live
+    return set(reached([*results, *after, *effects], dependencies))
 
 
-def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
+def _prelude(trace: Trace, live: set[fx.Node]) -> dict[fx.Node, None]:
     found: dict[fx.Node, None] = {}
     for node in trace.graph.nodes:
         if node not in live or is_attribute(node) or node.op == "output":
@@ -175,9 +166,7 @@ def _holds_parameters(node: fx.Node, trace: Trace) -> bool:
     )
 
 
-def _assign(
-    trace: Trace, live: dict[fx.Node, None], prelude: dict[fx.Node, None]
-) -> dict[fx.Node, str]:
+def _assign(trace: Trace, live: set[fx.Node], prelude: dict[fx.Node, None]) -> dict[fx.Node, str]:
     """Return the block name of every live node outside the prelude."""
     assigned: dict[fx.Node, str] = {}
     rank: dict[str, int] = {}

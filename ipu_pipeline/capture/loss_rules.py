@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.batch_axes import as_exact_as, is_weighted_sum
-from ipu_pipeline.capture.captured import CapturedModel, capture, described
+from ipu_pipeline.capture.captured import CapturedModel, capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import as_exact_as, is_weighted_sum
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, Term, factor_name
 from ipu_pipeline.capture.loss_walk import factored, loss_terms, with_counted
@@ -133,7 +134,7 @@ def _measured_alike(
 ) -> list[tuple[LossTerms, list[Tensor], list[float | None]]] | None:
     """Measure parts, each from the same state; ``None`` if their terms are others."""
     found = []
-    known: dict[tuple[Any, ...], CapturedModel] = {}
+    known: dict[Hashable, CapturedModel] = {}
     for part in parts:  # a pass may change buffers
         with (
             same_random_numbers(),

@@ -6,7 +6,7 @@ is made of (``loss_terms``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
+from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.loss_terms import (
     MEANS_OVER_LABELS,
@@ -24,8 +24,8 @@ from ipu_pipeline.capture.loss_terms import (
     factor_name,
     label_arguments,
 )
-from ipu_pipeline.capture.programs import block_programs, prelude_program
-from ipu_pipeline.capture.values import TensorMeta, reads_behind
+from ipu_pipeline.capture.programs import prelude_program
+from ipu_pipeline.capture.values import TensorMeta, computed_from, reached, reads_behind
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture.captured import CapturedModel
@@ -119,19 +119,15 @@ def _adds_up(node: fx.Node) -> bool:
 
 def _reduces(node: fx.Node) -> bool:
     """Whether a node is, or is computed from, a number that the entries of a tensor give."""
-    pending, seen = [node], set[fx.Node]()
-    while pending:
-        one = pending.pop()
-        sources = [source for source in one.all_input_nodes if source not in seen]
-        seen.update(sources)
-        if any(map(_shape, one.all_input_nodes)):
-            dim = one.kwargs.get("dim", one.args[1] if len(one.args) > 1 else None)
-            name = _name(one.target)
-            along = name in _ALONG and dim in (0, (0,), [0])
-            if _shape(one) == () or along or name in _MIXING:
-                return True
-        pending += sources
-    return False
+    return any(map(_mixes, computed_from(node)))
+
+
+def _mixes(node: fx.Node) -> bool:
+    if not any(map(_shape, node.all_input_nodes)):
+        return False
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    name = _name(node.target)
+    return _shape(node) == () or (name in _ALONG and dim in (0, (0,), [0])) or name in _MIXING
 
 
 def _name(function: Any) -> str:
@@ -177,15 +173,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user.name in terms.path)
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
-    wanted = captured.results.keys()
-    coarse = coarsen_reads(trace, lambda name: name in wanted)
-    return replace(
-        captured,
-        programs=block_programs(coarse, trace.attributes),
-        results={name: node.name for name, node in coarse.results.items()},
-        _trace=trace,
-        _coarse=coarse,
-    )
+    return captured.of(trace)
 
 
 def with_counted(captured: CapturedModel) -> CapturedModel:
@@ -281,15 +269,14 @@ class _Walk:
 
     def _mixing_input(self, node: fx.Node) -> fx.Node | None:
         """Return what several samples give, and a term of the loss is computed from, if any is."""
-        pending, seen = [node], set[fx.Node]()
-        while pending:
-            for one in pending.pop().all_input_nodes:
-                if one in self.prelude and one in self.dependent and _reduces(one):
-                    return one
-                if one in self.loss_nodes and one not in self.prelude and one not in seen:
-                    seen.add(one)
-                    pending.append(one)
-        return None
+
+        def inside(one: fx.Node) -> list[fx.Node]:
+            inputs = one.all_input_nodes
+            return [n for n in inputs if n in self.loss_nodes and n not in self.prelude]
+
+        sources = (n for one in reached([node], inside) for n in one.all_input_nodes)
+        given = (n for n in sources if n in self.prelude and n in self.dependent)
+        return next(filter(_reduces, given), None)
 
     def _linear_in(self, node: fx.Node, name: str) -> Sequence[fx.Node]:
         """Return what ``node`` is a sum of, each times numbers or constants; nothing if it isn't.
@@ -338,16 +325,15 @@ class _Walk:
 
         The divisor ``count.clamp(min=1) + 1e-8``, say, is computed from the count.
         """
-        found, pending = set[fx.Node](), [divisor]
-        while pending:
-            node = pending.pop()
-            if _adds_up(node):
-                found.add(node)
-            elif node.op == "placeholder":
-                return self._opaque(divisor)
-            else:
-                pending += [n for n in node.all_input_nodes if n in self.dependent or _is_number(n)]
-        if len(found) != 1:
+
+        def inputs(node: fx.Node) -> list[fx.Node]:
+            known = [] if _adds_up(node) else node.all_input_nodes
+            return [n for n in known if n in self.dependent or _is_number(n)]
+
+        behind = list(reached([divisor], inputs))
+        found = set(filter(_adds_up, behind))
+        other = any(node.op == "placeholder" and node not in found for node in behind)
+        if other or len(found) != 1:
             return self._opaque(divisor)
         count = found.pop()
         name = "" if count is divisor else divisor.name
@@ -360,17 +346,16 @@ class _Walk:
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""
-        pending, seen = list(node.all_input_nodes), set[fx.Node]()
-        while pending:
-            source = pending.pop()
-            if source in seen or not source.meta.get("value_shape"):
-                continue
-            seen.add(source)
+
+        def by_values(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+            return [source for source in nodes if source.meta.get("value_shape")]
+
+        first = by_values(node.all_input_nodes)
+        for source in reached(first, lambda one: by_values(one.all_input_nodes)):
             masks = [n for n in source.all_input_nodes if _is_mask(n) and n in self.prelude]
             if source in self.prelude or masks:
                 chosen = source if source in self.prelude else masks[0]
                 return Term("selected", chosen.name, node=node.name)
-            pending.extend(source.all_input_nodes)
         return Term("mean", node=node.name)
 
     def _of_loss_function(self, node: fx.Node, function: Any, *, divided: bool) -> Term:

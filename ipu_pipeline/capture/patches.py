@@ -2,6 +2,10 @@
 
 ``tests/capture/test_patches.py`` lists them with the version that they were written against, and
 names the one that does not fit any more after an update of either library.
+
+Functions of the user whose results functools keeps (``lru_cache``) are called anew meanwhile. A
+table that one of them made before, or that it keeps from a trace, would be a constant without an
+origin: a graph would repeat it for every batch, and the user's next run would get a stand-in.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import itertools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -22,9 +27,9 @@ from torch._functorch import apis
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointFunction
 
-from ipu_pipeline.capture.cached_functions import called_anew
-from ipu_pipeline.capture.places import Places
-from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.places import INSTALLED, Places
+from ipu_pipeline.capture.python_state import Generators, PythonState
+from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
 
 # Methods of transformers' models that compute tensors from inputs alone, reading values in Python:
@@ -267,9 +272,9 @@ def preserved_state(
 
     Buffers (running statistics), gradients, random states, attributes of the modules, what hooks
     hold, configs, and the tensors ``changed``: parameters that a forward pass writes to.
+    Transformers' recorders, once installed, stay.
     """
     places = Places(model, with_values=True)
-    configs = [(config, dict(vars(config))) for config in configs_of(model)]
     tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
@@ -286,15 +291,14 @@ def preserved_state(
                 tensor.data = memory
                 tensor.data.copy_(value)  # its version stays: nothing is new
         places.restore()
-        for config, attributes in configs:
-            if vars(config) != attributes:
-                vars(config).clear()
-                vars(config).update(attributes)
 
     try:
         yield restore
     finally:
+        recording = [module for module in model.modules() if vars(module).get(INSTALLED)]
         restore()
+        for module in recording:  # transformers' recorders, which it installs in a first run
+            sys.modules["transformers.utils.output_capturing"].maybe_install_capturing_hooks(module)
 
 
 @contextlib.contextmanager
@@ -350,3 +354,58 @@ def configs_of(model: nn.Module) -> list[Any]:
     for module in model.modules():
         add(getattr(module, "config", None))
     return list(found.values())
+
+
+# ---- functions whose results functools keeps --------------------------------------------------
+
+
+# Namespace or class, name there, and what stands there during a trace.
+_Found = list[tuple[Any, str, Any]]
+_FOUND: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+# Whether what a function returns is a table: tensors that it does not draw.
+_IS_TABLE: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def called_anew(model: nn.Module) -> Iterator[None]:
+    """Let cached functions of the user that the code of ``model`` names compute tensors anew."""
+    if model not in _FOUND:
+        cached = PythonState(model.modules()).cached
+        _FOUND[model] = [(place, name, _method_anew(value)) for place, name, value in cached]
+    with contextlib.ExitStack() as stack:
+        for place, name, call in _FOUND[model]:
+            put = (
+                functools.partial(setattr, place) if isinstance(place, type) else place.__setitem__
+            )
+            stack.callback(put, name, (vars(place) if isinstance(place, type) else place)[name])
+            put(name, call)
+        yield
+
+
+def _method_anew(value: Any) -> Any:
+    is_method = isinstance(value, staticmethod | classmethod)
+    return type(value)(_anew(value.__func__)) if is_method else _anew(value)
+
+
+def _anew(wrapper: functools._lru_cache_wrapper[Any]) -> Callable[..., Any]:
+    """Return the function itself, or the cached one if it turns out to make no table."""
+
+    @functools.wraps(wrapper.__wrapped__)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if wrapper in _IS_TABLE:
+            return (wrapper.__wrapped__ if _IS_TABLE[wrapper] else wrapper)(*args, **kwargs)
+        generators = Generators()
+        generators.add(torch.default_generator)
+        before = generators.states()
+        result = wrapper.__wrapped__(*args, **kwargs)
+        if generators.drawn(before, generators.states()):
+            generators.put_back(before)
+            _IS_TABLE[wrapper] = False
+            return wrapper(*args, **kwargs)
+        _IS_TABLE[wrapper] = any(True for _ in tensors_in(result))
+        return result
+
+    vars(call).update(
+        {n: getattr(wrapper, n) for n in ("cache_info", "cache_clear", "cache_parameters")}
+    )
+    return call

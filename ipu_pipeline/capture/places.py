@@ -29,8 +29,8 @@ Path = tuple[tuple[str, Any], ...]
 _MAX_DEPTH = 5
 _MAX_ITEMS = 4096  # of a list or mapping; longer ones are data
 # Set by transformers' recorders, which stay in a model once they are installed.
-_INSTALLED = "_output_capturing_hooks_installed"
-_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), _INSTALLED})
+INSTALLED = "_output_capturing_hooks_installed"
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), INSTALLED})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 LISTS = (list, deque)
 _FLAGS = (bool, str, types.NoneType)
@@ -106,8 +106,7 @@ class Places:
         """Return path, entry and sink of all entries that were this tensor."""
         return [
             (path, key, id(place) if isinstance(place, LISTS) else _sink(place, key))
-            for path, place, before in self._found.values()
-            for key, value in (before.items() if isinstance(before, dict) else enumerate(before))
+            for path, place, key, value in self._entries()
             if value is tensor
         ]
 
@@ -155,12 +154,16 @@ class Places:
             for key in before.keys() - now.keys():
                 set_entry(place, key, before[key])
 
+    def _entries(self) -> Iterator[tuple[Path, Any, Any, Any]]:
+        for path, place, before in self._found.values():
+            for key, value in before.items() if isinstance(before, dict) else enumerate(before):
+                yield path, place, key, value
+
     def _copies(self, leaf: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
         own = {id(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())}
         found = {
             id(value): value
-            for _, _, before in self._found.values()
-            for value in (before.values() if isinstance(before, dict) else before)
+            for *_, value in self._entries()
             if type(value) is Tensor and id(value) not in own  # no stand-in of a replay
         }
         return [(t, t._version, t.detach().clone()) for t in found.values()]
@@ -437,17 +440,6 @@ def _recorders() -> Any:
     """Return the lists in which transformers' hooks collect in this thread; or ``None``."""
     collector = _collector()
     return None if collector is None else collector.get()
-
-
-def recording_models(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of ``model`` in which the hooks of transformers' recorders are."""
-    return [module for module in model.modules() if vars(module).get(_INSTALLED)]
-
-
-def reinstall_recorders(models: Iterable[nn.Module]) -> None:
-    """Install the hooks again where they were put back with the rest of a model's state."""
-    for model in models:
-        sys.modules["transformers.utils.output_capturing"].maybe_install_capturing_hooks(model)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.calls import set_modes
-from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
+from ipu_pipeline.capture.coarsen import Coarse, dependencies, is_attribute
 from ipu_pipeline.capture.state import key_of
 from ipu_pipeline.capture.values import TensorMeta, reached, storage_key
 
@@ -78,17 +78,35 @@ class Program:
 def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Program, ...]:
     """Return one program per block, in execution order."""
     owner = {node: block.name for block in coarse.blocks for node in block.nodes}
-    needed = _needed_elsewhere(coarse, owner)
-    prelude = set(coarse.prelude)
+    needed = {node for node in coarse.results.values() if node in owner}  # by others, or the caller
+    for node, block_name in owner.items():
+        needed |= {n for n in node.all_input_nodes if owner.get(n, block_name) != block_name}
+    prelude, returned = set(coarse.prelude), frozenset(coarse.results.values())
+    kept = frozenset(map(storage_key, coarse.changing.values()))
     made = []
     for block in coarse.blocks:
-        program = _block_program(block, needed, prelude, attributes, coarse)
-        writes = frozenset().union(*(n.meta.get("state", frozenset()) for n in block.nodes))
-        used = frozenset().union(*(n.meta.get("reads", frozenset()) for n in block.nodes))
-        reads = used & coarse.changing.keys()
-        changing = {n: t for n, t in coarse.changing.items() if n in reads | writes}
-        made.append(replace(program, reads=reads, writes=writes, changing=changing))
+        given = (n for node in block.nodes for n in node.all_input_nodes if not is_attribute(n))
+        inputs = dict.fromkeys(n for n in given if owner.get(n) != block.name)
+        after = (n for node in block.nodes for n in node.meta.get("after", ()))
+        outputs = [node for node in block.nodes if node in needed]
+        program = _build(block.name, block.nodes, [*inputs], outputs, attributes, kept, returned)
+        writes = _named(block.nodes, "state")
+        reads = _named(block.nodes, "reads") & coarse.changing.keys()
+        made.append(
+            replace(
+                program,
+                prelude_order=tuple(dict.fromkeys(n.name for n in after if n in prelude)),
+                reads=reads,
+                writes=writes,
+                changing={n: t for n, t in coarse.changing.items() if n in reads | writes},
+            )
+        )
     return tuple(made)
+
+
+def _named(nodes: Iterable[fx.Node], key: str) -> frozenset[Any]:
+    """Return what nodes note under ``key``, together."""
+    return frozenset().union(*(node.meta.get(key, frozenset()) for node in nodes))
 
 
 def prelude_program(
@@ -112,36 +130,6 @@ def prelude_program(
     return _build("prelude", body, inputs, [by_name[name] for name in outputs], attributes)
 
 
-def _needed_elsewhere(coarse: Coarse, owner: Mapping[fx.Node, str]) -> set[fx.Node]:
-    """Return the nodes whose value another block or the caller needs."""
-    needed = {node for node in coarse.results.values() if node in owner}
-    for node, block in owner.items():
-        needed |= {n for n in node.all_input_nodes if n in owner and owner[n] != block}
-    return needed
-
-
-def _block_program(
-    block: BlockNodes,
-    needed: set[fx.Node],
-    prelude: set[fx.Node],
-    attributes: Mapping[str, Any],
-    coarse: Coarse,
-) -> Program:
-    own = set(block.nodes)
-    inputs: dict[fx.Node, None] = {}
-    order: dict[str, None] = {}
-    for node in block.nodes:
-        for source in node.all_input_nodes:
-            if source not in own and not is_attribute(source):
-                inputs[source] = None
-        order.update({n.name: None for n in node.meta.get("after", ()) if n in prelude})
-    outputs = [node for node in block.nodes if node in needed]
-    kept = frozenset(map(storage_key, coarse.changing.values()))
-    returned = frozenset(coarse.results.values())
-    program = _build(block.name, block.nodes, list(inputs), outputs, attributes, kept, returned)
-    return replace(program, prelude_order=tuple(order))
-
-
 def _build(
     name: str,
     body: Sequence[fx.Node],
@@ -156,7 +144,7 @@ def _build(
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
-    written = frozenset().union(*(node.meta.get("writes", frozenset()) for node in body))
+    written = _named(body, "writes")
     for node in inputs:
         if node.meta.get("storage") in written - kept:
             # Values of other blocks and the caller's batch stay as they are: another stage may

@@ -10,28 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.calls import name_of
+from ipu_pipeline.capture.compare import same_value
 from ipu_pipeline.errors import GuardError
 
+if TYPE_CHECKING:
+    from ipu_pipeline.capture.glue_run import GlueRun
+
 _LONGEST_SHOWN = 60
-
-
-class Sharing(Protocol):
-    """A run of the glue that goes on while stages compute."""
-
-    def arrive(self, number: int, value: Any) -> None:
-        """Take the value of a read."""
-
-    def host(self, name: str) -> Any:
-        """Return a host value."""
-
-    def deliver(self, key: int, tensor: Tensor) -> None:
-        """Take a tensor that the glue keeps."""
 
 
 class Session:
@@ -44,7 +34,7 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self.run: Sharing | None = None
+        self.run: GlueRun | None = None
         self.live = False
         self.replayed = False
 
@@ -106,7 +96,7 @@ class HostValue(nn.Module):
     def forward(self) -> Any:
         """Return it."""
         run = self.session.run
-        return self.recorded if run is None else run.host(self.name)
+        return self.recorded if run is None else run.hosts[self.name]
 
 
 class KeptTensor(nn.Module):
@@ -134,17 +124,6 @@ def unguarded(module: nn.Module) -> Iterator[None]:
     finally:
         for guard in guards:
             guard.enabled = True
-
-
-def same_value(found: Any, expected: Any) -> bool:
-    """Whether two values that were read are the same; two NaN are."""
-    if isinstance(expected, np.ndarray):
-        same = found.shape == expected.shape
-        return bool(
-            same and ((found == expected) | ((found != found) & (expected != expected))).all()
-        )
-    both_nan = found != found and expected != expected
-    return bool(found == expected or both_nan)
 
 
 def _short(value: Any) -> str:

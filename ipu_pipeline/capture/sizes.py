@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ipu_pipeline.capture.calls import ModeCall, RegionCall, name_of
-from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.fused import grouped_without_values
 from ipu_pipeline.capture.glue import (
     Call,
     Described,

@@ -49,7 +49,6 @@ from ipu_pipeline.capture.calls import (
 )
 from ipu_pipeline.capture.glue import Call, GlueRecorder, apart, paths_of
 from ipu_pipeline.capture.leaves import Leaves, refuse_other_parameters
-from ipu_pipeline.capture.lift import placeholder
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.places import Places, own_tensors, own_values
 from ipu_pipeline.capture.python_state import Draws
@@ -61,6 +60,7 @@ from ipu_pipeline.capture.values import (
     TensorMeta,
     Values,
     Versions,
+    placeholder,
     storage_key,
     tensors_in,
 )

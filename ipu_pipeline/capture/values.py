@@ -7,7 +7,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ipu_pipeline.errors import CaptureError
 if TYPE_CHECKING:
     from ipu_pipeline.capture.tracer import Tracer
 
+N = TypeVar("N")
 Versions = list[tuple[Tensor, int]]
 
 
@@ -114,12 +115,6 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
             "mapping of tensors"
         )
     return [item for name, value in members for item in _named_members(name, value)]
-
-
-def compared(value: Tensor) -> Tensor:
-    """Return what a result is compared by, without graph: of logits not computed, their input."""
-    found: Tensor = getattr(value, "computed_from", value)
-    return found.detach()
 
 
 def _named_members(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -309,18 +304,24 @@ class Values:
         )
 
 
-def reached(
-    start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
-) -> Iterator[fx.Node]:
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Return a new input of a graph."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(name)
+    node.meta["scope"] = ""
+    return node
+
+
+def reached(start: Iterable[N], step: Callable[[N], Iterable[N]]) -> Iterator[N]:
     """Yield nodes and what ``step`` leads to from them, each once."""
     pending = list(dict.fromkeys(start))
     seen = set(pending)
     while pending:
         node = pending.pop()
         yield node
-        fresh = set(step(node)) - seen
-        seen |= fresh
-        pending.extend(fresh)
+        fresh = [one for one in dict.fromkeys(step(node)) if one not in seen]
+        seen.update(fresh)
+        pending += fresh
 
 
 def computed_from(node: fx.Node) -> Iterator[fx.Node]:

@@ -85,9 +85,14 @@ def capturer(
     is one operation where the engine fuses it.
     """
     from ipu_pipeline.capture import capture, model_identity
-    from ipu_pipeline.capture.from_config import config_named, from_config, on_meta
+    from ipu_pipeline.capture.from_config import (
+        config_named,
+        dtype_for,
+        from_config,
+        in_dtype,
+        on_meta,
+    )
     from ipu_pipeline.capture.patches import fused_sinks
-    from ipu_pipeline.capture.precision import dtype_for, in_dtype
     from ipu_pipeline.ir.micro_batches import extrapolated
 
     graphs: dict[int, BlockGraph] = {}

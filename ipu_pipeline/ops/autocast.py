@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -34,3 +35,17 @@ def no_autocast() -> Iterator[None]:
         for kind in autocast_devices():
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def autocast_like_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as ``torch.autocast`` does before a linear layer; outside of it change nothing."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
+        return x, weight, bias
+
+    def cast(operand: Tensor) -> Tensor:
+        return operand if operand.dtype is torch.float64 else operand.to(dtype)
+
+    return cast(x), cast(weight), cast(bias) if bias is not None else None

@@ -4,6 +4,8 @@ Tokens are taken slice by slice: the logits of a slice become its losses and, in
 the gradient of its logits, from which the gradients of input and weight are accumulated. Without
 the C++ kernels the same is done with torch's own operations.
 
+Functions of every logit alone may stand between the two (a soft cap); those are torch's operations.
+
 Axes: N tokens, H hidden features, V classes (the vocabulary).
 """
 
@@ -17,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ipu_pipeline.ops import extension
-from ipu_pipeline.ops.autocast import no_autocast
+from ipu_pipeline.ops.autocast import autocast_like_linear, no_autocast
 from ipu_pipeline.ops.dropout import FLOATS
-from ipu_pipeline.ops.projection import autocast_like_linear
 
 Reduction = Literal["mean", "sum", "none"]
 # Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.
@@ -28,10 +29,51 @@ SUM_PIECE = 16_384
 MOST_TOKENS = 512
 
 
+_ALL = slice(None)
+
+
+class Elementwise(NamedTuple):
+    """A function of every logit alone.
+
+    ``operand`` is a dtype (``cast``), a vector of the classes (``add``) or a number (``mul``).
+    """
+
+    kind: Literal["cast", "add", "mul", "tanh"]
+    operand: Any = None
+
+    def __call__(self, logits: Tensor, rows: slice = _ALL) -> Tensor:
+        """Return the function of logits, which are those of the classes ``rows``."""
+        if self.kind == "cast":
+            return logits.to(self.operand)
+        if self.kind == "tanh":
+            return logits.tanh()
+        return logits + self.operand[rows] if self.kind == "add" else logits * self.operand
+
+
+Pointwise = tuple[Elementwise, ...]
+
+
+class LossOptions(NamedTuple):
+    """What ``functional.cross_entropy`` takes besides logits and targets."""
+
+    class_weight_V: Tensor | None
+    reduction: Reduction
+    ignore_index: int
+    label_smoothing: float
+
+
+def apply(pointwise: Pointwise, logits: Tensor, rows: slice = _ALL) -> Tensor:
+    """Apply the functions one after the other to the logits of the classes ``rows``."""
+    for function in pointwise:
+        logits = function(logits, rows)
+    return logits
+
+
 class _Options(NamedTuple):
     ignore_index: int
     label_smoothing: float
     num_slices: int
+    pointwise: Pointwise
 
     def slice_tokens(self, num_tokens: int) -> int:
         num_slices = max(self.num_slices, -(-num_tokens // MOST_TOKENS))
@@ -58,6 +100,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
     label_smoothing: float = 0.0,
     num_slices: int = 1,
     hold_gradients: bool = True,
+    pointwise: Pointwise = (),
 ) -> Tensor:
     """Compute ``cross_entropy(linear(x, weight, bias), target, ...)`` in slices of tokens.
 
@@ -79,6 +122,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
             need the loss scale that only backward knows, backward computes the logits again
             (4 matmuls, nothing is held).
 
+        pointwise: Functions of every logit alone, without gradients of their own.
+
     Returns:
         The loss, a scalar, or N losses with reduction ``"none"``; float64 for float64 input, else
         float32.
@@ -90,7 +135,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
     x_NH, weight_VH, bias_V = autocast_like_linear(x_NH, weight_VH, bias_V)
     operands = _Operands(x_NH, weight_VH, bias_V, target_N, class_weight_V)
     _check_operands(operands)
-    options = _Options(ignore_index, label_smoothing, num_slices)
+    options = _Options(ignore_index, label_smoothing, num_slices, pointwise)
     _check_options(options, reduction)
     check_targets(target_N, weight_VH.shape[0], ignore_index)
     hold = hold_gradients and torch.is_grad_enabled() and x_NH.dtype is not torch.float16
@@ -228,7 +273,7 @@ def _gradients(
     x, weight, bias, target, class_weight = operands
     step = options.slice_tokens(len(x))
     scale_N = None if scale is None else scale.expand(len(x))
-    if _kernels():
+    if _kernels() and not options.pointwise:
         losses, *found = torch.ops.ipu_pipeline.linear_cross_entropy(
             x, weight, target, bias, class_weight, scale_N, options.ignore_index,
             options.label_smoothing, step, *needs,
@@ -262,7 +307,8 @@ def _slice_losses(
     logits = functional.linear(operands.x[cut], operands.weight, operands.bias).detach()
     class_weight = operands.class_weight
     with torch.enable_grad():
-        wide = logits.requires_grad_(scale is not None).to(_loss_dtype(operands))
+        logits.requires_grad_(scale is not None)
+        wide = apply(options.pointwise, logits).to(_loss_dtype(operands))
         losses = functional.cross_entropy(
             wide,
             operands.target[cut],

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
+from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.loss_walk import factored, with_counted
 from ipu_pipeline.capture.patches import tracing_patches
@@ -26,13 +27,14 @@ from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.build import build_stages, place_blocks
 from ipu_pipeline.stages.devices import device_of
-from ipu_pipeline.stages.lru_cache import LRUCache
-from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 from ipu_pipeline.stages.variants import (
     Attempt,
+    LRUCache,
     Prepared,
     ShapeVariant,
     ShapeVariants,

@@ -3,10 +3,9 @@
 While training, a serialized projection in front of the loss gives :class:`DeferredLogits`: shape
 and dtype of the logits, but no memory. What models do between projection and loss (reshape, cut
 off the last token, cast, scale, add a bias) is done to the hidden states or the bias instead, a
-soft cap is remembered, and a cross entropy takes all of it together, as one fused operation. That
-one knows no soft cap: behind one, every chunk of tokens computes its logits and losses, and does
-so again in the backward pass. Anything else computes the logits and goes on with them: the result
-is the same, only the memory is that of the plain model.
+soft cap is remembered, and a cross entropy takes all of it together, as one fused operation.
+Anything else computes the logits and goes on with them: the result is the same, only the memory is
+that of the plain model.
 
 Axes: V classes, H hidden size, N tokens; ``...`` are the token axes.
 """
@@ -15,126 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops.autocast import autocast_dtype, no_autocast
-from ipu_pipeline.ops.linear_cross_entropy import Reduction, linear_cross_entropy
-from ipu_pipeline.ops.projection import serialized_linear, slices
+from ipu_pipeline.ops.linear_cross_entropy import (
+    Elementwise,
+    LossOptions,
+    Pointwise,
+    apply,
+    linear_cross_entropy,
+)
 
-_ALL = slice(None)
-
-
-class Elementwise(NamedTuple):
-    """A function of every logit alone.
-
-    ``operand`` is a dtype (``cast``), a vector of the classes (``add``) or a number (``mul``).
-    """
-
-    kind: Literal["cast", "add", "mul", "tanh"]
-    operand: Any = None
-
-    def __call__(self, logits: Tensor, rows: slice = _ALL) -> Tensor:
-        """Return the function of logits, which are those of the classes ``rows``."""
-        if self.kind == "cast":
-            return logits.to(self.operand)
-        if self.kind == "tanh":
-            return logits.tanh()
-        return logits + self.operand[rows] if self.kind == "add" else logits * self.operand
-
-
-Pointwise = tuple[Elementwise, ...]
-
-
-class Softmax(Protocol):
-    """Computes what a loss needs of logits that are not computed here.
-
-    Attributes:
-        may_be_whole: Whether they may be, for whatever needs all of them.
-    """
-
-    may_be_whole: ClassVar[bool]
-
-    def cross_entropy(
-        self,
-        logits: DeferredLogits,
-        target_N: Tensor,
-        *,
-        class_weight_V: Tensor | None,
-        reduction: Reduction,
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> Tensor:
-        """Return the cross entropy of two-dimensional logits."""
-
-    def logsumexp(self, logits: DeferredLogits) -> Tensor:
-        """Return the logarithm of the sum of exponentials over the classes."""
-
-
-def apply(pointwise: Pointwise, logits: Tensor, rows: slice = _ALL) -> Tensor:
-    """Apply the functions one after the other to the logits of the classes ``rows``."""
-    for function in pointwise:
-        logits = function(logits, rows)
-    return logits
-
-
-def chunked_cross_entropy(
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    pointwise: Pointwise,
-    target_N: Tensor,
-    *,
-    class_weight_V: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    label_smoothing: float,
-    num_slices: int,
-) -> Tensor:
-    """Compute ``cross_entropy(pointwise(linear(x, weight, bias)), ...)`` in slices of tokens.
-
-    Args:
-        operands: Input (N x H), weight and bias of the projection.
-        pointwise: Functions that work on every logit alone.
-        target_N: Class of every token.
-        class_weight_V: As in ``functional.cross_entropy``, like the next three.
-        reduction: ``mean``, ``sum`` or ``none``.
-        ignore_index: As there.
-        label_smoothing: As there.
-        num_slices: About ``N / num_slices * V`` logits exist at once.
-    """
-    x_NH, weight_VH, bias_V = operands
-
-    def losses_of(x: Tensor, target: Tensor) -> Tensor:
-        logits = apply(pointwise, functional.linear(x, weight_VH, bias_V))
-        return functional.cross_entropy(
-            logits if logits.dtype == torch.float64 else logits.float(),
-            target,
-            class_weight_V,
-            ignore_index=ignore_index,
-            reduction="none",
-            label_smoothing=label_smoothing,
-        )
-
-    parts: list[Tensor] = [
-        checkpoint(
-            losses_of, x_NH[cut], target_N[cut], use_reentrant=False, preserve_rng_state=False
-        )
-        for cut in slices(len(x_NH), num_slices)
-    ]
-    losses_N = torch.cat(parts) if parts else losses_of(x_NH, target_N)
-    if reduction == "none":
-        return losses_N
-    if reduction == "sum":
-        return losses_N.sum()
-    counted = target_N[target_N != ignore_index]
-    return losses_N.sum() / (
-        len(counted) if class_weight_V is None else class_weight_V[counted].sum()
-    )
+if TYPE_CHECKING:
+    from ipu_pipeline.stages.vocabulary import SpreadLoss
 
 
 @dataclass
@@ -146,7 +44,6 @@ class _Projection:
         factor: Number of slices.
         hold_gradients: Compute a fused loss's gradients in its forward pass.
         compute_dtype: Input, weight and bias are cast to it.
-        num_classes: Rows of the whole table.
         softmax: Takes all that a loss needs of them, where the rows are spread over stages.
         num_views: How many other objects stand for the same logits.
     """
@@ -155,9 +52,13 @@ class _Projection:
     factor: int
     hold_gradients: bool
     compute_dtype: torch.dtype
-    num_classes: int
-    softmax: Softmax | None = None
+    softmax: SpreadLoss | None = None
     num_views: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the whole table."""
+        return len(self.weight_VH) if self.softmax is None else self.softmax.table.size
 
     @property
     def is_spread(self) -> bool:
@@ -181,20 +82,16 @@ class DeferredLogits(Tensor):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         *,
-        factor: int,
-        hold_gradients: bool,
-        spread: tuple[int, Softmax] | None = None,
+        factor: int = 1,
+        hold_gradients: bool = False,
+        softmax: SpreadLoss | None = None,
     ) -> DeferredLogits:
-        """Return the logits of one call of ``functional.linear``; see ``_Projection``.
-
-        ``spread``: number of classes, and what computes a softmax over them.
-        """
+        """Return the logits of one call of ``functional.linear``; see ``_Projection``."""
         dtype = torch.result_type(x, weight_VH)
         narrow = autocast_dtype(x.device)
         if narrow is not None and dtype != torch.float64:
             dtype = narrow
-        size, softmax = spread or (len(weight_VH), None)
-        projection = _Projection(weight_VH, factor, hold_gradients, dtype, size, softmax)
+        projection = _Projection(weight_VH, factor, hold_gradients, dtype, softmax)
         return _make(projection, x, bias_V, dtype)
 
     @property
@@ -222,7 +119,7 @@ class DeferredLogits(Tensor):
         return self.input(), self.projection.weight_VH.to(dtype), bias_V
 
     def materialised(self) -> Tensor:
-        """Compute the logits, once, in slices of output channels.
+        """Compute the logits, once.
 
         Raises:
             LoweringError: Gradients are switched off here: inside an ``autograd.Function`` they
@@ -242,7 +139,7 @@ class DeferredLogits(Tensor):
                 )
             x, weight_VH, bias_V = self.operands()
             with no_autocast():
-                full = serialized_linear(x, weight_VH, bias_V, factor=self.projection.factor)
+                full = functional.linear(x, weight_VH, bias_V)
             self._computed = apply(self.pointwise, full).to(self.dtype)
         return self._computed
 
@@ -458,28 +355,25 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
     if not by_class or size_average is not None or reduce is not None:
         return None
     in_autocast = autocast_dtype(logits.device) is not None
-    options = {
-        "class_weight_V": weight,
-        "reduction": reduction,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-    }
+    options = LossOptions(weight, reduction, ignore_index, label_smoothing)
     if logits.projection.softmax is not None:
         with no_autocast():
-            loss = logits.projection.softmax.cross_entropy(logits, target, **options)
+            loss = logits.projection.softmax.cross_entropy(logits, target, options)
         return loss if in_autocast else loss.to(logits.dtype)
     if not torch.is_grad_enabled():
         return None
-    options["num_slices"] = logits.projection.factor
-    x_NH, weight_VH, bias_V = operands = logits.operands()
+    x_NH, weight_VH, bias_V = logits.operands()
     with no_autocast():
-        if logits.pointwise:
-            loss = chunked_cross_entropy(operands, logits.pointwise, target, **options)
-        else:
-            hold = logits.projection.hold_gradients
-            loss = linear_cross_entropy(
-                x_NH, weight_VH, target, bias_V, hold_gradients=hold, **options
-            )
+        loss = linear_cross_entropy(
+            x_NH,
+            weight_VH,
+            target,
+            bias_V,
+            num_slices=logits.projection.factor,
+            hold_gradients=logits.projection.hold_gradients,
+            pointwise=logits.pointwise,
+            **options._asdict(),
+        )
     return loss if in_autocast else loss.to(logits.dtype)
 
 

@@ -19,13 +19,14 @@ from torch.amp import GradScaler
 from typing_extensions import Self
 
 from ipu_pipeline.capture.batch_axes import Axes
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.kv_cache import kv_cache_bytes
+from ipu_pipeline.stages.calls import kv_cache_bytes
 from ipu_pipeline.stages.loss_shares import LossWeights
 from ipu_pipeline.stages.training import LossScaler
 
@@ -250,13 +251,15 @@ def _check_above_0(name: str, value: object, remedy: str) -> None:
 def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse a call in a forked copy of the process that made the executable: it would hang there.
 
-    The copy closes nothing either, as what there is to close is not its own.
+    The copy closes nothing either, as what there is to close is not its own. Where the call goes
+    on, an id that is in no row of a table is named.
     """
 
     @functools.wraps(method)
     def checked(self: Executable, *args: Any, **kwargs: Any) -> Any:
         if self._process == os.getpid():
-            return method(self, *args, **kwargs)
+            with naming_ids(self.model, StageError):
+                return method(self, *args, **kwargs)
         if method.__name__ in ("close", "__exit__"):
             return None
         raise LoweringError(
@@ -375,7 +378,7 @@ class Executable(ABC):
     def kv_cache_bytes(
         self, batch_size: int, length: int, encoder_length: int = 0
     ) -> tuple[int, ...]:
-        """Return the predicted bytes of every stage's KV cache; see :mod:`.kv_cache`."""
+        """Return the predicted bytes of every stage's KV cache; see :mod:`.calls`."""
         return kv_cache_bytes(self.model, self.plan, batch_size, length, encoder_length)
 
     def _call_model(

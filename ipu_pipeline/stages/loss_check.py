@@ -14,19 +14,18 @@ from torch import Tensor
 
 from ipu_pipeline.capture.batch_axes import (
     PlainRun,
-    as_exact_as,
-    is_weighted_sum,
     part_of,
     plain_runs,
     two_parts,
 )
-from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import as_exact_as, is_weighted_sum, same_value
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
-from ipu_pipeline.stages.loss_shares import LossShares, same_value
+from ipu_pipeline.stages.loss_shares import LossShares
 from ipu_pipeline.stages.training import in_evaluation
 
 # The check runs microbatches at once whose results take so many bytes, but two at least.

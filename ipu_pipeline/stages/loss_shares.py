@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 from math import inf, isclose
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipu_pipeline.capture.batch_axes import (
     doubled,
@@ -24,8 +23,9 @@ from ipu_pipeline.capture.batch_axes import (
     sized,
     two_parts,
 )
-from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import same_value
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_rules import (
     Rule,
     leaves_in_evaluation,
@@ -376,15 +376,6 @@ def _rule_of_whole(cut: CutBatch) -> Rule:
 
 def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
     return tuple(term.node for term in terms[0].varying)
-
-
-def same_value(value: Any, other: Any) -> bool:
-    """Whether two values, tensors or not, are equal; NaN is equal to NaN."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):  # of no labels a mean is NaN
-        nan = value.isnan(), other.isnan()
-        return torch.equal(*nan) and torch.equal(value.nan_to_num(), other.nan_to_num())
-    same = type(value) is type(other) and np.shape(value) == np.shape(other)
-    return same and bool(np.all(value == other))
 
 
 def _columns(every: Sequence[Counted], terms: LossTerms) -> list[list[float] | None]:

@@ -2,6 +2,14 @@
 
 The gradient of a lookup holds only the rows that were looked up. It is added in place into a dense
 gradient, so that no second tensor as large as the table is made.
+
+Where a vocabulary is spread over processes, captures, their check and what finds out how losses add
+up run the whole model, on every process. There the output projection gives logits that are not
+computed (``chunked_loss.py``), and a loss takes them in pieces: some rows of the table at a time,
+computed again in the backward pass. The values are those of the whole; only the table, which is a
+stand-in then, gets no gradient. What else a model does with its logits computes them as a whole.
+
+Axes: N tokens, H hidden size, V classes, R those of a piece.
 """
 
 from __future__ import annotations
@@ -9,18 +17,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
-from ipu_pipeline.ops.projection import serialized_linear
-from ipu_pipeline.stages.chunked_loss import DeferredLogits, Softmax
+from ipu_pipeline.ops.linear_cross_entropy import apply
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
 from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
-from ipu_pipeline.stages.vocabulary import SpreadLoss
+from ipu_pipeline.stages.vocabulary import SpreadLoss, SpreadTable, loss_dtype
 
 
 def no_calls(_: Program) -> AbstractContextManager[None]:
@@ -29,33 +39,29 @@ def no_calls(_: Program) -> AbstractContextManager[None]:
 
 
 class SerializedRegion(TableCalls):
-    """While active, lookups and projections that read ``table`` run in slices.
+    """While active, lookups of ``table`` run in slices, and its logits wait for their loss.
+
+    A projection alone has nothing to save: its result and the gradient of the table are whole.
 
     Args:
+        run: What runs the block.
         table: The block's table.
-        leaves: Collect the gradients.
         defer: Compute no logits but leave them to the loss behind the block.
-        hold_gradients: Compute that loss's gradients in its forward pass.
-        last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
-        spread: Where they are spread for the loss: how many, and what computes the softmax.
+        spread: Where its rows are spread over stages for the loss: what computes the softmax.
     """
 
     def __init__(
         self,
+        run: SerializedForward,
         table: Table,
-        leaves: LookupLeaves,
         *,
         defer: bool,
-        hold_gradients: bool,
-        last_row_shard: tuple[RowShard, Tensor] | None = None,
-        spread: tuple[int, Softmax] | None = None,
+        spread: SpreadLoss | None = None,
     ) -> None:
         super().__init__()
+        self._run = run
         self.table = table
-        self.leaves = leaves
         self.defer = defer
-        self.hold_gradients = hold_gradients
-        self.last_row_shard = last_row_shard
         self.spread = spread
 
     def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
@@ -75,9 +81,9 @@ class SerializedRegion(TableCalls):
         sparse: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         del weight, max_norm, norm_type, sparse  # tables.py refuses the ones that matter
-        leaf = self.leaves.of(self.table.parameter)
-        if self.last_row_shard is not None:
-            shard, received = self.last_row_shard
+        leaf = self._run.leaves.of(self.table.parameter)
+        if self.table.block in self._run.last_row_shards:
+            shard, received = self._run.last_row_shards[self.table.block]
             return shard.look_up(input, leaf, received)
         return embedding_serialized(
             input,
@@ -88,16 +94,15 @@ class SerializedRegion(TableCalls):
         )
 
     def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        factor = self.table.factor
-        if self.spread is None and not self.defer:
-            return serialized_linear(input, weight, bias, factor=factor)
+        if not self.defer:
+            return functional.linear(input, weight, bias)
         return DeferredLogits.of(
             input,
             weight,
             bias,
-            factor=factor,
-            hold_gradients=self.hold_gradients,
-            spread=self.spread,
+            factor=self.table.factor,
+            hold_gradients=self._run.hold_gradients,
+            softmax=self.spread,
         )
 
 
@@ -116,6 +121,7 @@ class SerializedForward:
 
     Attributes:
         leaves: Collect the gradients of the lookups.
+        last_row_shards: Where other stages hold rows too: those of this one, and the sum of theirs.
     """
 
     tables: Mapping[str, Table]
@@ -127,13 +133,13 @@ class SerializedForward:
 
     def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
-        self._last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
+        self.last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
 
     def look_up_row_shards(self, values: dict[str, Any]) -> None:
         """Add the rows held for later stages to ``values``, under the names they are sent by."""
         for shard in self.row_shards:
             if not shard.sent:
-                self._last_row_shards[shard.table.block] = (shard, values[shard.received])
+                self.last_row_shards[shard.table.block] = (shard, values[shard.received])
                 continue
             leaf = self.leaves.of(shard.table.parameter)
             received = values[shard.received] if shard.received else None
@@ -141,33 +147,18 @@ class SerializedForward:
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
-        with self.calls(program):
-            return self._run(program, inputs)
+        with self.calls(program), self._region(program):
+            return program(*inputs)
 
-    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+    def _region(self, program: Program) -> AbstractContextManager[Any]:
         spread = self.spread
         if spread is not None and program.name == spread.table.block:
             whole = Table(program.name, spread.table.parameter, 1)
-            with SerializedRegion(
-                whole,
-                self.leaves,
-                defer=True,
-                hold_gradients=False,
-                spread=(spread.table.size, spread),
-            ):
-                return program(*inputs)
-        table = self.tables.get(program.name)
-        if table is None:
-            return program(*inputs)
-        region = SerializedRegion(
-            table,
-            self.leaves,
-            defer=program.name in self.fused and torch.is_grad_enabled(),
-            hold_gradients=self.hold_gradients,
-            last_row_shard=self._last_row_shards.get(program.name),
-        )
-        with region:
-            return program(*inputs)
+            return SerializedRegion(self, whole, defer=True, spread=spread)
+        if program.name not in self.tables:
+            return nullcontext()
+        defer = program.name in self.fused and torch.is_grad_enabled()
+        return SerializedRegion(self, self.tables[program.name], defer=defer)
 
 
 class LookupLeaves:
@@ -252,3 +243,68 @@ def add_sums(parameter: Tensor, sums: Iterable[GradientSum]) -> None:
     for part in (total.dense, total.sparse):
         if part is not None:
             add_gradient(parameter, part)
+
+
+# ---- logits of a table whose rows other processes hold ----------------------------------------
+
+
+# So many logits exist at once.
+MOST_LOGITS = 1 << 22
+
+
+class PiecewiseLoss(SpreadLoss):
+    """Takes logits in pieces of the rows of a table that is here."""
+
+    may_be_whole: ClassVar[bool] = True
+
+    def softmax(
+        self, logits: DeferredLogits, target_N: Tensor | None, summed_V: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logarithm of the sum of exponentials, the target's logit and a sum of all."""
+        x = logits.input()
+        x_NH = x.reshape(-1, x.shape[-1])
+        if target_N is None:
+            target_N = torch.zeros(len(x_NH), dtype=torch.int64, device=x.device)
+        table_VH = self.table.parameter.detach()
+        bias_V = None if logits.bias_V is None else logits.bias_V.to(x.dtype)
+
+        def piece(rows: slice, x_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            bias_R = None if bias_V is None else bias_V[rows]
+            product_NR = functional.linear(x_NH, table_VH[rows].to(x.dtype).contiguous(), bias_R)
+            logits_NR = apply(logits.pointwise, product_NR, rows).to(loss_dtype(x))
+            class_N = target_N - rows.start
+            here_N = (class_N >= 0) & (class_N < logits_NR.shape[1])
+            logit_N = logits_NR.gather(1, class_N.where(here_N, 0)[:, None])[:, 0].where(here_N, 0)
+            total_N = torch.zeros_like(logit_N)
+            if summed_V is not None:
+                total_N = logits_NR @ summed_V[rows].to(logits_NR)
+            return logits_NR.logsumexp(1), logit_N, total_N
+
+        step = max(1, MOST_LOGITS // max(1, len(x_NH)))
+        starts = range(0, self.table.size, step)
+        pieces = [slice(start, min(start + step, self.table.size)) for start in starts]
+        found = [
+            checkpoint(partial(piece, rows), x_NH, use_reentrant=False, preserve_rng_state=False)
+            for rows in pieces
+        ]
+        lse_NP, logit_NP, total_NP = (torch.stack(each, 1) for each in zip(*found, strict=True))
+        return lse_NP.logsumexp(1), logit_NP.sum(1), total_NP.sum(1)
+
+
+class PiecewiseLogits(TableCalls):
+    """While active, the logits of a table are computed where something needs all of them only."""
+
+    def __init__(self, table: SpreadTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Take the projection; not where shapes are looked at only."""
+        if func is functional.linear and weight is self._table.parameter:
+            return self._project(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor or input.is_meta:
+            return functional.linear(input, weight, bias)
+        return DeferredLogits.of(input, weight, bias, softmax=PiecewiseLoss(self._table))

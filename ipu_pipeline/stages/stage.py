@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,22 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
-from ipu_pipeline.capture.loss_walk import loss_terms
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.programs import Program
-from ipu_pipeline.capture.values import TensorMeta
-from ipu_pipeline.errors import LoweringError, PlanError, listed
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.select import select_all, unmatched
+from ipu_pipeline.capture.values import TensorMeta, reached
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
-from ipu_pipeline.stages.compiled_blocks import run_compiled
-from ipu_pipeline.stages.offload import offloaded
-from ipu_pipeline.stages.replay import ReplayedBlock
+from ipu_pipeline.stages.block_runs import ReplayedBlock, offloaded, run_compiled
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient, no_calls
-from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
+from ipu_pipeline.stages.tables import RowShard, Table
 from ipu_pipeline.stages.vocabulary import SoftmaxPart, SpreadLoss, SpreadTable
 
 RandomKey = tuple[int | str, ...]
@@ -281,7 +274,8 @@ class Stage:
         self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
     ) -> None:
         def call(*inputs: Any) -> Any:
-            with block_scope(*key, program.name):  # entered again when it is recomputed
+            # entered again when it is recomputed
+            with block_scope(*key, program.name), naming_ids(program.module):
                 return blocks.run(program, inputs)
 
         inputs = tuple(values[name] for name in program.inputs)
@@ -354,124 +348,6 @@ def _input(inputs: Mapping[str, Any], name: str) -> Any:
     return inputs[name]
 
 
-def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
-    """Return the block names of every stage.
-
-    Blocks that the plan does not name (evaluation without labels has other glue) go to the
-    latest stage that computes something for them.
-
-    Raises:
-        PlanError: A block needs what a later stage computes.
-    """
-    stage_of: dict[str, int] = {}
-    producer = {value: p.name for p in captured.programs for value in p.outputs}
-    for program in captured.programs:
-        names = [producer[name] for name in program.inputs if name in producer]
-        earliest = max((stage_of[name] for name in names), default=0)
-        stage_of[program.name] = plan.stage_of.get(program.name, earliest)
-        if stage_of[program.name] < earliest:
-            later = next(name for name in names if stage_of[name] == earliest)
-            raise PlanError(
-                f"block {program.name!r} of stage {stage_of[program.name]} needs what block "
-                f"{later!r} of stage {earliest} computes: the code between the blocks of "
-                f"{type(captured.model).__name__} calls them in another order than when the plan "
-                "was made; keep one order, or plan one stage"
-            )
-    return [
-        [name for name, stage in stage_of.items() if stage == index]
-        for index in range(plan.num_stages)
-    ]
-
-
-def build_stages(
-    captured: CapturedModel,
-    blocks: Sequence[Sequence[str]],
-    recompute: Iterable[str] = (),
-    tables: Mapping[str, Table] | None = None,
-    row_shards: Mapping[int, Sequence[RowShard]] | None = None,
-) -> tuple[Stage, ...]:
-    """Build the stages of a split: ``blocks`` are the block names of each stage."""
-    tables, row_shards = tables or {}, row_shards or {}
-    stage_of = {name: index for index, names in enumerate(blocks) for name in names}
-    producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
-    programs = [
-        tuple(p for p in captured.programs if stage_of[p.name] == index)
-        for index in range(len(blocks))
-    ]
-    terms = loss_terms(captured)
-    parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
-    users = Counter(parameter for found in parameters for parameter in found)
-    stages = []
-    for index, own in enumerate(programs):
-        results = {n: v for n, v in captured.results.items() if producer.get(v, 0) == index}
-        held = tuple(row_shards.get(index, ()))
-        received = [n for p in own for n in p.inputs if producer.get(n, index) != index]
-        sends = [
-            name
-            for program in captured.programs
-            for name in program.inputs
-            if producer.get(name) == index and stage_of[program.name] != index
-        ]
-        received += [shard.received for shard in held if shard.received]
-        shards = [shard.sent for shard in held if shard.sent]
-        live = frozenset(p.name for p in own if _runs_live(p))
-        stages.append(
-            Stage(
-                index=index,
-                programs=own,
-                prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
-                receives=tuple(dict.fromkeys(received)),
-                sends=tuple(dict.fromkeys([*sends, *shards])),
-                recompute=frozenset(recompute) - live,
-                live=bool(live),
-                in_order=captured.in_order,
-                thread_bound=bool(captured.thread_locals),
-                shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
-                results=results,
-                order=tuple(captured.results),
-                tables={p.name: tables[p.name] for p in own if p.name in tables},
-                row_shards=held,
-                specs=_specs(captured, (*sends, *results.values()), held),
-                loss_terms=terms,
-                fused=fused_projections(own, captured.programs, captured.results.values(), tables),
-            )
-        )
-    return tuple(stages)
-
-
-def at_sizes(stages: Sequence[Stage], captured: CapturedModel) -> tuple[Stage, ...]:
-    """Return the same stages for other sizes: those of ``captured``."""
-    return tuple(
-        replace(
-            stage,
-            specs=_specs(captured, (*stage.sends, *stage.results.values()), stage.row_shards),
-        )
-        for stage in stages
-    )
-
-
-def _runs_live(program: Program) -> bool:
-    return any(getattr(module, "runs_live", False) for module in program.module.modules())
-
-
-def _parameters(programs: Sequence[Program], row_shards: Sequence[RowShard]) -> list[nn.Parameter]:
-    found = dict.fromkeys(p for program in programs for p in program.module.parameters())
-    return list(found | dict.fromkeys(shard.table.parameter for shard in row_shards))
-
-
-def _specs(
-    captured: CapturedModel, names: Iterable[str], row_shards: Sequence[RowShard]
-) -> dict[str, TensorMeta]:
-    found = {name: captured.specs[name] for name in names if name in captured.specs}
-    for shard in row_shards:
-        table = shard.table.parameter
-        shape = (*captured.specs[shard.ids].shape, table.shape[1])
-        dtype = str(table.dtype).removeprefix("torch.")
-        if shard.sent:
-            found[shard.sent] = TensorMeta(shape, dtype, table.requires_grad)
-    return found
-
-
 def _roots(
     state: _InFlight, gradients: Mapping[str, Tensor], loss_gradient: float
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -489,13 +365,8 @@ def _roots(
 
 def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
     """Return the nodes of the autograd graph that a backward pass from ``roots`` would reach."""
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen: set[Any] = set(pending)
-    while pending:
-        following = {n for n, _ in pending.pop().next_functions if n is not None} - seen
-        seen |= following
-        pending.extend(following)
-    return seen
+    first = [root.grad_fn for root in roots if root.grad_fn is not None]
+    return set(reached(first, lambda node: [n for n, _ in node.next_functions if n is not None]))
 
 
 def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
@@ -503,62 +374,3 @@ def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tens
     ids = {id(tensor) for tensor in known}
     leaves = (getattr(node, "variable", None) for node in nodes_behind(roots))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in ids]
-
-
-def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
-    """Return the names of the blocks to recompute; ``None`` for the plan's choice.
-
-    Raises:
-        LoweringError: An entry fits no block.
-    """
-    if wish is None:
-        return frozenset(name for stage in plan.stages for name in stage.recompute)
-    return chosen_blocks("recompute", wish, plan)
-
-
-def chosen_blocks(option: str, wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
-    """Return the names of the blocks that an option chooses; ``None`` for none.
-
-    Args:
-        option: Its name.
-        wish: ``"all"``, ``"none"``, or names of blocks, prefixes of such names
-            (``encoder.layer.3`` stands for all blocks inside of it) and patterns with ``*``, ``?``
-            and ``[...]``.
-        plan: The plan.
-
-    Raises:
-        LoweringError: An entry fits no block.
-    """
-    names = [name for stage in plan.stages for name in stage.blocks]
-    if wish is None:
-        return frozenset()
-    if isinstance(wish, str):
-        return frozenset(names if wish == "all" else ())
-    unknown = unmatched(wish, names)
-    if unknown:
-        raise LoweringError(
-            f"{option} names {', '.join(map(repr, unknown))}, which is no block, prefix or "
-            f"pattern of one; the blocks are {listed(names, 40)}"
-        )
-    return frozenset(select_all(wish, names))
-
-
-def offloaded_blocks(
-    wish: str | Sequence[str] | None, plan: Plan, device: torch.device
-) -> frozenset[str]:
-    """Return the names of the blocks that keep their activations in host memory.
-
-    ``None`` is for the plan's choice.
-
-    Raises:
-        LoweringError: An entry fits no block, or the stages are on a CPU.
-    """
-    planned = frozenset(name for stage in plan.stages for name in stage.offload)
-    chosen = planned if wish is None else chosen_blocks("offload_activations", wish, plan)
-    if chosen and device.type == "cpu":
-        raise LoweringError(
-            "offload_activations moves what blocks keep to host memory, and on a CPU it is there; "
-            "leave it out (also of the plan: 'offload{blocks=none}', offload_activations='none'), "
-            "or run on a GPU with device='cuda'"
-        )
-    return chosen

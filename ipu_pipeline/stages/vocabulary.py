@@ -31,9 +31,9 @@ from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.autocast import no_autocast
-from ipu_pipeline.ops.linear_cross_entropy import Reduction, check_targets
+from ipu_pipeline.ops.linear_cross_entropy import LossOptions, Pointwise, apply, check_targets
 from ipu_pipeline.planner.options.vocabulary import spread_head
-from ipu_pipeline.stages.chunked_loss import DeferredLogits, Pointwise
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
 
 NO_CLASS = -1
 
@@ -211,14 +211,10 @@ def _with_slope(
     """
     casts = all(step.kind in ("cast", "add") for step in pointwise)
     if casts:
-        for step in pointwise:
-            product_NR = step(product_NR, rows)
-        return product_NR, None
+        return apply(pointwise, product_NR, rows), None
     with torch.enable_grad():
         product_NR.requires_grad_()
-        logits_NR = product_NR
-        for step in pointwise:
-            logits_NR = step(logits_NR, rows)
+        logits_NR = apply(pointwise, product_NR, rows)
         (slope_NR,) = torch.autograd.grad(logits_NR, product_NR, torch.ones_like(logits_NR))
     return logits_NR.detach(), slope_NR.to(loss_dtype(product_NR))
 
@@ -329,13 +325,10 @@ class SpreadLoss:
         self,
         logits: DeferredLogits,
         target_N: Tensor,
-        *,
-        class_weight_V: Tensor | None,
-        reduction: Reduction,
-        ignore_index: int,
-        label_smoothing: float,
+        options: LossOptions,
     ) -> Tensor:
         """Return what ``functional.cross_entropy`` returns, in float32 or float64."""
+        class_weight_V, reduction, ignore_index, label_smoothing = options
         check_targets(target_N, self.table.size, ignore_index)
         counts = target_N != ignore_index
         summed_V = class_weight_V

@@ -219,11 +219,13 @@ def rotate_checkpoints(newest: Path, limit: int | None) -> None:
         remove_directory(path)
 
 
-def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:
+def find_resume_checkpoint(
+    arguments: TrainingArguments, newest: Callable[[Path], Path | None] = latest_checkpoint
+) -> Path | None:
     """Return the checkpoint that ``resume_from_checkpoint`` asks for, ``None`` to start afresh.
 
-    A folder is itself; ``latest`` (or ``true``) the newest of the last run in ``output_dir``;
-    ``auto`` the newest if there is one.
+    A folder is itself; ``latest`` (or ``true``) the ``newest`` of the last run in ``output_dir``;
+    ``auto`` that one if there is one.
 
     Raises:
         CheckpointError: The newest one is asked for and there is none.
@@ -233,7 +235,7 @@ def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:
         return None
     if str(wanted).lower() not in ("auto", "latest", "true"):
         return Path(wanted)
-    latest = latest_checkpoint(arguments.folder)
+    latest = newest(arguments.folder)
     if latest is None and str(wanted).lower() != "auto":
         raise CheckpointError(
             f"resume_from_checkpoint is {wanted!r} and {arguments.output_dir} holds no complete "

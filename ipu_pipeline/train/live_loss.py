@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
-from ipu_pipeline.capture.coroutine import Coroutine
+from ipu_pipeline.capture.glue_run import Coroutine
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.capture.values import tensors_in
@@ -345,8 +345,9 @@ class _Guard(TorchFunctionMode):
         if name in _OF_THE_FORM or (name == "__get__" and func not in (_GRAD, _DATA)):
             return
         if any(id(tensor) in self._run.elsewhere for tensor in tensors_in((args, kwargs))):
+            again = "a further call of it, " if self._run.further_calls else ""
             raise CaptureError(
-                f"the code around the model ({name}) uses a parameter of the model or its "
+                f"the code around the model ({again}{name}) uses a parameter of the model or its "
                 "gradient, which is in the process that runs its stage; use what the model "
                 "returns, or target='local'"
             )

@@ -152,23 +152,25 @@ def begin_run(folder: Path, path: Path | None, run_of: RunOf) -> str:
         Its identity.
     """
     found = checkpoints_in(folder, run_of)
-    run = Run(uuid.uuid4().hex)
+    run, before, behind = Run(uuid.uuid4().hex), None, list[str]()
     if path is not None:
         before, path = run_of(path), path.absolute()
-        behind = any(r == before and step_of(p) > step_of(path) for p, r in found.items())
+        behind = [p.name for p, r in found.items() if r == before and step_of(p) > step_of(path)]
         goes_on = bool(before) and not behind
         inside = goes_on and path.parent == folder.absolute()
         run = Run(str(before) if goes_on else run.id, None if inside else str(path))
     write_json(folder / RUN, to_json(run))
-    others = [p.name for p, r in found.items() if r != run.id]
+    past = (run.id, before or run.id)  # what led to the checkpoint is its own
+    others = [p.name for p, r in found.items() if r not in past or p.name in behind]
     if others:
         # transformers' own rule, which the thin loop does not have.
         all_count = run_of is run_of_trainer_checkpoint
         logger.warning(
-            "%s holds %s of another run: this one does not resume them, and replaces those of its "
-            "own steps%s",
+            "%s holds %s of %s: this one does not resume them, and replaces those of its own steps"
+            "%s",
             folder,
             listed(others, 3),
+            f"the run that went on behind {path.name}" if path and behind else "another run",
             "; save_total_limit counts them" if all_count else "",
         )
     return run.id

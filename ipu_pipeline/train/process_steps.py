@@ -77,6 +77,7 @@ class ProcessSteps(LiveSteps, CollectedSteps):
     def __init__(self, trainer: PipelineMixin) -> None:
         super().__init__(trainer)
         self._is_stale = False
+        self._needs_weights, self._has_weights = False, True
         self._owns_group = False
         self._group = _ProcessGroup()
         self._depth = 0
@@ -198,6 +199,9 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         super()._prepare(run)
         model = self._trainer._whole_model
         if model.training:
+            if self._needs_weights:
+                self.fetch()
+            self._has_weights = not self._is_stale and not self._num_whole
             sliced = bool(self._num_whole)
             run.elsewhere = frozenset(
                 id(p) for p in model.parameters() if p.requires_grad or sliced
@@ -205,16 +209,20 @@ class ProcessSteps(LiveSteps, CollectedSteps):
 
     @contextlib.contextmanager
     def _further_call(self, run: LossRun) -> Iterator[None]:
-        """Have whole weights where all processes are in the same call, which needs no gradient.
+        """Have whole weights in a call that needs no gradient.
 
-        So it is in an evaluation, and in a step before the code calls the model to train it:
-        trainers generate there. Elsewhere in a step what is used is checked.
+        All processes are in the same one in an evaluation, and in a step before the code calls the
+        model to train it: trainers generate there. Between that call and the backward pass one
+        process is ahead; there the weights are those that the step began with, which every
+        microbatch fetches from the first such call on. Elsewhere what is used is checked.
         """
         kept = run.elsewhere
-        begins = run.inputs is None and not run.rounds and not torch.is_grad_enabled()
-        if not kept or (begins and not self._num_whole):
+        frees = not torch.is_grad_enabled() and not run.rounds
+        if not kept or (frees and run.inputs is None and not self._num_whole):
             run.elsewhere = frozenset()
             self.fetch()
+        elif frees and self._has_weights:
+            run.elsewhere, self._needs_weights = frozenset(), True
         try:
             yield
         finally:
@@ -249,7 +257,8 @@ class ProcessSteps(LiveSteps, CollectedSteps):
             number, tensors = message[0][n]
             found = [t.requires_grad_(trained) for t, trained in tensors]
             run.at_resume()
-            run.resume(self._live.filled(number, found))
+            with calls_of(self._trainer._whole_model, self._called):
+                run.resume(self._live.filled(number, found))
             if run.loss is not None and run.loss.requires_grad:
                 run.loss.backward()  # into weights that the code has besides the model's
 

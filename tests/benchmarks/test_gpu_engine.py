@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_engine
-from ipu_pipeline.stages import compiled_blocks
+from ipu_pipeline.stages import block_runs
 
 
 @pytest.mark.acceptance
@@ -16,7 +16,7 @@ from ipu_pipeline.stages import compiled_blocks
 def test_every_part_runs_and_gives_the_losses_of_plain_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiled_blocks, "_BACKEND", "aot_eager")
+    monkeypatch.setattr(block_runs, "_BACKEND", "aot_eager")
     written = tmp_path / "found.json"
     found = gpu_engine.main(["--device", "cpu", "--tiny", "--json", str(written)])
     assert json.loads(written.read_text())["runs"] == json.loads(json.dumps(found))

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.vocabulary_schedules import SCHEDULES, bubble, most_in_flight, table
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "decisions" / "0035-spread-vocabulary.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "decisions" / "0033-spread-vocabulary.md"
 
 
 def test_the_document_shows_this_table() -> None:

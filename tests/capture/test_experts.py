@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.fused import grouped_without_values
 from ipu_pipeline.capture.patches import fused_sinks
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import Block

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.operations import LiveBytes
+from ipu_pipeline.capture.recorder import LiveBytes
 from tests.capture.toys import batch, toy
 
 KIB = 1024

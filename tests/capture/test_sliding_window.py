@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.attention import attention_window
+from ipu_pipeline.capture.fused import attention_window
 from ipu_pipeline.ir.attention import is_attention, unfused, visible_share
 
 LENGTH, WINDOW = 32, 8

@@ -12,12 +12,15 @@ from ipu_pipeline.ir.graph import BlockGraph
 from tests.capture.toys import assert_replays
 from tests.later import in_turn, one_in
 from tests.tiny_models import TINY
+from tests.versions import OLDER
 
 GRANULARITIES = ("layer", "sublayer", "op")
 
 
 @pytest.mark.parametrize(("name", "granularity"), in_turn(TINY, GRANULARITIES))
 def test_equal_to_the_model_on_other_data(name: str, granularity: str) -> None:
+    if OLDER and (name, granularity) == ("deberta-v2", "op"):
+        pytest.skip("its attention is compiled by torch.jit.script before transformers 5.21")
     model, batch = TINY[name].build()
     keys = list(model.state_dict())
     captured = capture(model, batch, granularity=granularity, self_check=False)

@@ -196,6 +196,18 @@ def test_what_is_wrong_with_a_text_is_said(run: Any, tmp_path: Path) -> None:
     refused("row 0, the model hears 0 frames in its sound, its text needs at least 1", text="")
 
 
+def test_a_class_that_no_sample_trains_is_said_before_training(run: Any, tmp_path: Path) -> None:
+    script = SCRIPTS["images"]
+    with pytest.raises(DatasetError, match="evaluate a model that was trained on these classes"):
+        run(script, do_train=False, unsplit=True)  # makes the data
+    given, folder = tmp_path / "data" / "other.jsonl", tmp_path / "untrained"
+    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    given.write_text("\n".join([rows[0], json.dumps({**json.loads(rows[1]), "label": "moon"})]))
+    with pytest.raises(DatasetError, match=r"other.jsonl, row 1 has label 'moon', the classes"):
+        run(script, validation_file=given, output_dir=folder, unsplit=True)
+    assert not (folder / "train_results.json").exists()
+
+
 def test_one_piece_takes_no_plan(run: Any) -> None:
     with pytest.raises(ValueError, match="in this process; leave out --num_stages"):
         run(_CTC, unsplit=True, num_stages=2)

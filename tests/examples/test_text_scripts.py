@@ -99,6 +99,15 @@ def test_without_predictions_the_score_is_the_loss(run, tmp_path, capsys):
     assert f"\nloss {found['eval_loss']:.4g} on " in capsys.readouterr().out
 
 
+def test_latest_is_the_newest_checkpoint(run, tmp_path):
+    flags = "--unsplit --save_strategy steps --save_steps 1 --logging_steps 1"
+    out = tmp_path / "out"
+    run("clm", out, f"{flags} --max_steps 1")
+    run("clm", out, f"{flags} --resume_from_checkpoint latest")
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+
+
 def test_a_causal_model_needs_two_tokens(run, tmp_path):
     with pytest.raises(ValueError, match="--block_size 1 leaves no next token; give at least 2"):
         run("clm", tmp_path / "out", "--unsplit --block_size 1")

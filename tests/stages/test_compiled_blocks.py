@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError, StageError
-from ipu_pipeline.stages import compiled_blocks, stage
+from ipu_pipeline.stages import block_runs, stage
 from tests.tiny_models import TINY
 
 # What dynamo and inductor do while they are imported and compile is not ours.
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and differentiate as torch.compile does, and leave out the kernels."""
-    monkeypatch.setattr(compiled_blocks, "_BACKEND", "aot_eager")
+    monkeypatch.setattr(block_runs, "_BACKEND", "aot_eager")
 
 
 def curve(name: str, stages: int, **options: Any) -> list[float]:
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_eager_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
     def noted(program: Any, inputs: Any, *, recompute: bool) -> Any:
         ran.append(program.name)
-        return compiled_blocks.run_compiled(program, inputs, recompute=recompute)
+        return block_runs.run_compiled(program, inputs, recompute=recompute)
 
     monkeypatch.setattr(stage, "run_compiled", noted)
     expected = run("plain", compiled=False)
@@ -124,4 +124,4 @@ def test_a_block_that_changes_its_buffer_is_refused_or_runs_as_it_is() -> None:
     assert all(map(torch.equal, found, expected))
     unseen = SimpleNamespace(name="b", module=Block("count"), modes=())  # when it was captured
     with pytest.raises(LoweringError, match="block 'b' changes calls when it runs"):
-        compiled_blocks.run_compiled(unseen, (torch.ones(2, 4),), recompute=False)  # type: ignore[arg-type]
+        block_runs.run_compiled(unseen, (torch.ones(2, 4),), recompute=False)  # type: ignore[arg-type]

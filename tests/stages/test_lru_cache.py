@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ipu_pipeline.stages.lru_cache import LRUCache
+from ipu_pipeline.stages.variants import LRUCache
 
 
 def test_the_least_recently_used_is_forgotten() -> None:

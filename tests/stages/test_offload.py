@@ -14,8 +14,8 @@ from ipu_pipeline.backends.local import executable
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import plan_from_json
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.stages import offload
-from ipu_pipeline.stages.stage import offloaded_blocks
+from ipu_pipeline.stages import block_runs
+from ipu_pipeline.stages.block_runs import offloaded_blocks
 from tests.tiny_models import TINY
 
 
@@ -37,7 +37,7 @@ def test_what_waits_elsewhere_comes_back_as_it_was(monkeypatch: pytest.MonkeyPat
         "offloaded_blocks",
         lambda wish, plan, _: offloaded_blocks(wish, plan, torch.device("cuda")),
     )
-    monkeypatch.setattr(offload, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(block_runs, "_is_on_host", lambda tensor: False)
     hooks, kept = torch.autograd.graph.saved_tensors_hooks, [0, 0]
 
     def noted(pack: Any, unpack: Any) -> Any:

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.captured import capture
-from ipu_pipeline.stages import piecewise_loss
+from ipu_pipeline.stages import serialize
 from ipu_pipeline.stages.materialize import stand_in
-from ipu_pipeline.stages.piecewise_loss import PiecewiseLogits
+from ipu_pipeline.stages.serialize import PiecewiseLogits
 from ipu_pipeline.stages.vocabulary import SpreadTable
 from tests.stages.test_vocabulary import CLASSES, LOSSES, TOKENS, cross_entropy, inputs
 from tests.tiny_models import TINY, VOCAB
@@ -43,7 +43,7 @@ class _Columns(TorchDispatchMode):
 def in_pieces(
     table: Tensor, monkeypatch: pytest.MonkeyPatch, tokens: int = TOKENS
 ) -> Iterator[_Columns]:
-    monkeypatch.setattr(piecewise_loss, "MOST_LOGITS", tokens * len(table) // 4)
+    monkeypatch.setattr(serialize, "MOST_LOGITS", tokens * len(table) // 4)
     noted = _Columns(len(table))
     with PiecewiseLogits(SpreadTable("head", table, {}, len(table))), noted:  # type: ignore[arg-type]
         yield noted

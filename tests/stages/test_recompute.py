@@ -9,7 +9,7 @@ import torch
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.block_runs import recomputed_blocks
 from tests.tiny_models import TINY
 
 

@@ -10,7 +10,7 @@ import torch
 
 import ipu_pipeline as ipp
 from ipu_pipeline.capture.captured import capture
-from ipu_pipeline.stages.replay import ReplayedBlock
+from ipu_pipeline.stages.block_runs import ReplayedBlock
 from tests.stages.models import MICROBATCHES, built, serialized
 from tests.stateful import PROGRAMS, assert_alike, batch, planned, trained, trained_plainly
 

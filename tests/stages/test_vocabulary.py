@@ -36,9 +36,7 @@ def spread(
     """Return the loss computed in parts, and the gradients of all three."""
     ranges = dict(enumerate(pairwise(BOUNDS)))
     calls = SpreadLoss(SpreadTable("head", weight, ranges, CLASSES))
-    logits = DeferredLogits.of(
-        x, weight, bias, factor=1, hold_gradients=False, spread=(CLASSES, calls)
-    )
+    logits = DeferredLogits.of(x, weight, bias, softmax=calls)
     calls.collect(lambda: loss(logits))
     parts, kept = {}, {}
     for stage, (first, end) in ranges.items():

@@ -138,6 +138,23 @@ def twice_through_the_model(base):
 
 
 @program(overlap=False)
+def measured_once_more(base):
+    """A metric of a second call, which needs no gradient, between the first and the backward."""
+
+    class Mine(base):
+        seen = ()
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            out = model(**inputs)
+            with torch.no_grad():
+                again = model(**{**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])})
+            collected(self, round(again.loss.item(), 5))
+            return (out.loss, out) if return_outputs else out.loss
+
+    return Mine
+
+
+@program(overlap=False)
 def reference_pass_in_evaluation_mode(base):
     class Mine(base):
         seen = ()

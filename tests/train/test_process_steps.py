@@ -94,6 +94,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
 def test_code_around_the_model(two, tmp_path) -> None:
     """It sees what the model returns in every process; what only one has is refused."""
     names = ["parts_for_the_log", "learned_weights_of_the_tasks", "training_step_of_its_own"]
+    names.append("measured_once_more")
     compare(two, "live", tmp_path, tolerance=1e-5, names=names)
     refused = ["penalty_on_all_weights", "mixup_of_embeddings", "fast_gradient_method"]
     for own in two.run("trainer_jobs.live", folder=str(tmp_path / "refused"), names=refused):

@@ -271,7 +271,7 @@ def test_an_older_run_never_wins_a_resume(tmp_path, whole, caplog):
     assert without_times(result.log_history) == without_times(expected.log_history)
 
 
-def test_a_run_that_goes_back_does_not_jump_forward_again(tmp_path, whole):
+def test_a_run_that_goes_back_does_not_jump_forward_again(tmp_path, whole, caplog):
     reference, _ = whole
     with pytest.raises(Killed):
         run(settings(tmp_path), KillAt(10))
@@ -281,6 +281,9 @@ def test_a_run_that_goes_back_does_not_jump_forward_again(tmp_path, whole):
             run(settings(tmp_path, resume_from_checkpoint=back), KillAt(step))
         kept = (step - 1) // 3 * 3
         assert latest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{kept}"
+    said = "holds checkpoint-6, checkpoint-9 of the run that went on behind checkpoint-3: this one"
+    assert caplog.text.count("does not resume") == 2
+    assert said in caplog.text
     resumed, _ = run(settings(tmp_path))
     assert resumed.losses == reference.losses[6:]
     elsewhere = settings(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.backends.cluster.processes import Processes
@@ -13,23 +15,20 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'ipu-pipeli
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def losses_of(run: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in run["history"] if "loss" in entry]
+
+
 @pytest.mark.parametrize("name", one_in(12, FORMS))
 def test_losses_metrics_and_weights_are_those_of_trl(tmp_path, name) -> None:
     theirs = trained(name, str(tmp_path / "theirs"), pipeline=False)
     ours = trained(name, str(tmp_path / "ours"))
     assert_equal(ours, theirs, 1e-5)
-    losses = [[e["loss"] for e in run["history"] if "loss" in e] for run in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-6)
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("text", "reference", "rewards_of_generated"),
-        ("prompt_completion", "packing", "dft", "without_adapters", "precomputed", "reward"),
-    ],
-)
+@pytest.mark.parametrize("names", [[*FORMS][n::4] for n in range(4)])
 def test_in_two_processes(tmp_path, names) -> None:
     processes = Processes(2)
     try:
@@ -38,5 +37,6 @@ def test_in_two_processes(tmp_path, names) -> None:
             found = processes.run("trainer_jobs.by_trl", name=name, folder=str(tmp_path / name))
             for ours in found:
                 assert_equal(ours, theirs, 1e-5)
+                assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-6)
     finally:
         processes.close()

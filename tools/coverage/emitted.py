@@ -153,7 +153,7 @@ def _step(
     settings = {**settings_for(plan).to_json(), "output_mode": "all"}
     places = [item.to_json() for item in annotate(plan)]
     placement = Placement(model, places, plan.model.parameters, poptorch)
-    forward = DeviceForward(model, poptorch)
+    forward = DeviceForward(model, poptorch, settings)
     copies = settings["gradient_accumulation_steps"] * settings["replication_factor"]
     batch = {n: torch.cat([v] * copies) if isinstance(v, Tensor) else v for n, v in part.items()}
     try:

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_model import load_processor
+from model_loading import has_no_weights
+from script_data import name_of
 from torch import Tensor
 from transformers import Wav2Vec2CTCTokenizer, WhisperTokenizer, default_data_collator
 
@@ -86,14 +89,25 @@ class SpeechOptions(SoundOptions):
         return text
 
 
-def letters(rows: Mapping[str, Rows], options: SpeechOptions) -> list[str]:
-    """Return all characters of the texts of the files or data sets of these names, in order."""
+def tokenizer_for(
+    options: Any, rows: Mapping[str, Rows], make: Callable[[Sequence[str]], Any]
+) -> Any:
+    """Return the tokenizer of the model; of one without weights, what is made of all characters.
+
+    Args:
+        options: The command line.
+        rows: The samples of every split.
+        make: Makes it of the characters of their texts, in order.
+    """
+    name = options.model_name_or_path
+    if not has_no_weights(Path(name)):
+        return load_processor(name, "AutoTokenizer")
     known: set[str] = set()
-    for where, split in rows.items():
-        for i, row in enumerate(split):
-            with in_data(f"{where}, row {i}"):
+    for split, samples in rows.items():
+        for i, row in enumerate(samples):
+            with in_data(f"{name_of(split, options)}, row {i}"):
                 known.update(options.text(row))
-    return sorted(known)
+    return make(sorted(known))
 
 
 def require_frames(model: Any, sound: Mapping[str, Any], labels: Sequence[int]) -> None:

@@ -26,8 +26,8 @@ from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over
 from ipu_pipeline.capture.batch_axes import Axes
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import EvalResult, join
-from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage
+from ipu_pipeline.stages.variants import LRUCache
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.
 MAX_PIPELINES = 16

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ipu_pipeline.capture.cut_tensors import expanded_plan
+from ipu_pipeline.capture.block_graph import expanded_plan
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.patches import configs_of
 from ipu_pipeline.checkpoint.slices import Slices

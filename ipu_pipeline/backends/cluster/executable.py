@@ -45,18 +45,20 @@ from ipu_pipeline.backends.cluster.sharding import (
 )
 from ipu_pipeline.backends.cluster.shares import BatchShares
 from ipu_pipeline.backends.cluster.vocabulary import SpreadVocabulary
+from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.block_runs import offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.calls import check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
-from ipu_pipeline.stages.piecewise_loss import PiecewiseLogits
-from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
+from ipu_pipeline.stages.serialize import PiecewiseLogits
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.training import in_evaluation, kept_modes
 from ipu_pipeline.stages.vocabulary import whole_table
 
@@ -436,7 +438,7 @@ class DistributedExecutable(Executable):
     def _running(self, what: str) -> Iterator[None]:
         if self._closed:
             raise LoweringError("this executable was closed; compile the model again")
-        with self._watchdog.guarding(what, self.global_step):
+        with self._watchdog.guarding(what, self.global_step), naming_ids(self.model):
             yield
 
     def _looking(self) -> contextlib.AbstractContextManager[Any]:

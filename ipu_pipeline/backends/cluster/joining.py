@@ -32,8 +32,8 @@ from ipu_pipeline.backends.cluster.ranks.watchdog import Watchdog
 from ipu_pipeline.backends.cluster.row_slices import RowSlices, refuse_with_rows, row_plan
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, PipelineError
+from ipu_pipeline.stages.block_runs import offloaded_blocks
 from ipu_pipeline.stages.materialize import materialize
-from ipu_pipeline.stages.stage import offloaded_blocks
 from ipu_pipeline.stages.training import LossScaler, check_model
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ipu_pipeline.backends.cluster.ranks.waiting import POLL_S, GivenUp, Waiter
 from ipu_pipeline.backends.cluster.row_slices import RowSlices
-from ipu_pipeline.stages.chunked_loss import Elementwise
+from ipu_pipeline.ops.linear_cross_entropy import Elementwise
 from ipu_pipeline.stages.serialize import add_gradient
 from ipu_pipeline.stages.vocabulary import (
     KeptSoftmax,

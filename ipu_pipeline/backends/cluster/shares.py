@@ -19,7 +19,7 @@ from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over
 from ipu_pipeline.capture.batch_axes import BatchAxes
-from ipu_pipeline.capture.captured import described
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.python_state import Generators
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan

@@ -32,6 +32,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Backend, Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.tables import LARGE_ROWS
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.search import Constraints, Partition
 
@@ -39,6 +40,10 @@ from ipu_pipeline.planner.search import Constraints, Partition
 WORTH_SPREADING = 0.02
 # Not of the program but of the request: a configuration was given, and with numbers of layers.
 _FIXED, _SPELLED_OUT = OF_THE_REQUEST
+NO_LARGE_TABLE = (
+    f"vocabulary='even', and the model has no table of {LARGE_ROWS} rows or more that 2 or 4 IPUs "
+    "can share; plan without vocabulary"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class IPUBackend(Backend):
             PartitionError: Single blocks are to be recomputed, stages leave out an IPU, or the
                 vocabulary is to be spread.
         """
-        if limits.vocabulary not in (None, "auto"):
+        if limits.vocabulary not in (None, "auto", "even"):
             raise PartitionError(SPREAD_VOCABULARY)
         for problem in devices_problems(limits.stage_devices or (0,)):
             raise PartitionError(problem)
@@ -125,12 +130,18 @@ class IPUBackend(Backend):
         """Search pipelines and programs: blocks do not add up to stages here.
 
         With ``vocabulary="auto"`` also those whose tables are spread over IPUs, which are taken
-        where nothing else fits, or where they are quicker by :data:`WORTH_SPREADING`.
+        where nothing else fits, or where they are quicker by :data:`WORTH_SPREADING`; with
+        ``"even"`` only those.
+
+        Raises:
+            PartitionError: Nothing fits, or no table can be spread.
         """
         limits = self.rules(work.graph, work.machine, limits)
-        works = [work]
-        if limits.vocabulary == "auto":
+        works = [work] if limits.vocabulary != "even" else []
+        if limits.vocabulary:
             works += [replace(work, graph=graph) for graph in spread_graphs(work.graph)]
+        if not works:
+            raise PartitionError(NO_LARGE_TABLE)
         found: list[tuple[float, Partition, Workload]] = []
         refused: list[PartitionError] = []
         for tried in works:

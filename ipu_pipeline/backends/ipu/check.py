@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.ipu.prices import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.predict import table_problems
@@ -184,8 +184,9 @@ def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 SPREAD_VOCABULARY = (
     "the vocabulary is spread over stages, and PopART runs all IPUs of a pipeline in lock "
     "step, each block on one: no pass of its own, in which every IPU works on one "
-    "microbatch's loss, fits between forward and backward pass; plan with vocabulary 'auto', or "
-    "say serialized_embedding_splits_per_ipu: rows of the tables on several IPUs, one after another"
+    "microbatch's loss, fits between forward and backward pass; plan with vocabulary 'auto' or "
+    "'even', or say serialized_embedding_splits_per_ipu: rows of the tables on several IPUs, one "
+    "after another"
 )
 
 
@@ -231,6 +232,11 @@ def config_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
             f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
             "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
         )
+    if config.num_io_tiles and graph.training and config.output_mode not in ("all", "sum"):
+        yield (
+            f"num_io_tiles with output_mode {config.output_mode!r}: PopTorch overlaps host input "
+            "under 'all' and 'sum' only; choose one of them"
+        )
     outside = [p for p in config.memory_proportions() if not 0 < p <= 1]
     if outside:
         yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
@@ -238,6 +244,17 @@ def config_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
 
 def _configuration(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
     yield from config_problems(plan.graph, settings.config)
+
+
+def _io_tiles(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    tiles = settings.config.num_io_tiles or 0
+    held = tiles * chip_of(plan.machine).tile_memory_bytes if tiles else 0
+    size = sum(tensor.num_bytes for tensor in plan.graph.inputs)
+    if tiles and size > held:
+        yield (
+            f"the inputs of a microbatch have {size} bytes, {tiles} I/O tiles hold {held}; raise "
+            "num_io_tiles, or use a smaller micro batch"
+        )
 
 
 def _scaling(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
@@ -282,6 +299,7 @@ RULES: tuple[Rule, ...] = (
     _tables,
     _foreign,
     _configuration,
+    _io_tiles,
     _scaling,
     _clipping,
 )

@@ -35,6 +35,7 @@ OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
 _PRICED = (
     "device_iterations",
     "matmul_proportion",
+    "num_io_tiles",
     "optimizer_state_offchip",
     "replicated_tensor_sharding",
     "recompute_checkpoint_every_layer",
@@ -140,9 +141,11 @@ class PopTorchSettings:
             **inference,
             "recompute": bool(config.recompute),
             "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
+            "num_io_tiles": config.num_io_tiles,
             "optimizer_state_offchip": config.optimizer_state_offchip,
             "replicated_tensor_sharding": config.replicated_tensor_sharding,
             "enable_half_partials": config.enable_half_partials,
+            "decompose_grad_sum": bool(config.decompose_grad_sum),
             "auto_loss_scaling": config.auto_loss_scaling,
             "explicit_ir_inference": config.explicit_ir_inference,
             "output_mode": config.output_mode,
@@ -184,7 +187,8 @@ def settings_for(
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
         optimizer=told,
-        inference=other and Prediction(plan.graph, *other, chip_of(plan.machine)),
+        inference=other
+        and Prediction(plan.graph, *other, chip_of(plan.machine).without(other[1].num_io_tiles)),
         half=half,
         seed=seed,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.backends.local.runner import (
+    StageThreads,
+    contested,
+    run_sequentially,
+    shape_to_run,
+)
 from ipu_pipeline.backends.local.step import Step
 from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
-from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import Unlifted
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
@@ -23,10 +27,10 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
-from ipu_pipeline.planner.price import spread_stages
-from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
+from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.block_runs import offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.calls import called_in_turn, check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
@@ -41,7 +45,6 @@ from ipu_pipeline.stages.executable import (
 from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
-from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
@@ -428,43 +431,6 @@ class LocalExecutable(Executable):
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
         loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
         return share_threads(loads, available_threads())
-
-
-def contested(stages: Sequence[Sequence[Stage]]) -> bool:
-    """Whether two stages call one module in different modes, so that their threads must not meet.
-
-    ``stages`` are ``[microbatch][stage]``.
-    """
-    modes: defaultdict[nn.Module, set[bool]] = defaultdict(set)
-    users: defaultdict[nn.Module, set[int]] = defaultdict(set)
-    for stage in {id(stage): stage for own in stages for stage in own}.values():
-        for module, mode in (pair for program in stage.programs for pair in program.modes):
-            modes[module].add(mode)
-            users[module].add(stage.index)
-    return any(len(found) > 1 and len(users[module]) > 1 for module, found in modes.items())
-
-
-def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
-    """Return the schedule and the thread of every stage: the plan's devices, where they fit it.
-
-    Raises:
-        LoweringError: The schedule is unknown, or cannot run so many stages and microbatches.
-    """
-    depth, devices = plan.num_stages, [stage.device for stage in plan.stages]
-    try:
-        kind = schedule_kind(options.schedule or plan.schedule)
-    except ValueError as error:
-        raise LoweringError(f"the local target: {error}") from error
-    shape = PipelineShape.of(depth, plan.num_microbatches, devices, spread=spread_stages(plan))
-    problem = kind.problem(shape)
-    if not problem:
-        return kind, shape
-    for number in kind.stages_per_device:
-        placed = kind.place(depth, max(1, depth // number))
-        again = replace(shape, devices=placed or shape.devices)
-        if not kind.problem(again):
-            return kind, again
-    raise LoweringError(problem)
 
 
 def check(plan: Plan, options: ExecutionOptions) -> None:

@@ -7,13 +7,21 @@ import queue
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ipu_pipeline.errors import StageError, StallError
+from torch import nn
+
+from ipu_pipeline.errors import LoweringError, StageError, StallError
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.ops.threads import take_threads
+from ipu_pipeline.planner.price import spread_stages
+from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
+from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.stage import Stage
 
 Work = Callable[[Action], None]
 # Intra-op threads, and what to run on them.
@@ -26,6 +34,43 @@ _PASSES = {"F": "forward pass", "S": "softmax", "T": "gradient of the vocabulary
 
 class Stopped(Exception):
     """Not an error of its own: raised inside a waiting stage when another one has failed."""
+
+
+def contested(stages: Sequence[Sequence[Stage]]) -> bool:
+    """Whether two stages call one module in different modes, so that their threads must not meet.
+
+    ``stages`` are ``[microbatch][stage]``.
+    """
+    modes: defaultdict[nn.Module, set[bool]] = defaultdict(set)
+    users: defaultdict[nn.Module, set[int]] = defaultdict(set)
+    for stage in {id(stage): stage for own in stages for stage in own}.values():
+        for module, mode in (pair for program in stage.programs for pair in program.modes):
+            modes[module].add(mode)
+            users[module].add(stage.index)
+    return any(len(found) > 1 and len(users[module]) > 1 for module, found in modes.items())
+
+
+def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
+    """Return the schedule and the thread of every stage: the plan's devices, where they fit it.
+
+    Raises:
+        LoweringError: The schedule is unknown, or cannot run so many stages and microbatches.
+    """
+    depth, devices = plan.num_stages, [stage.device for stage in plan.stages]
+    try:
+        kind = schedule_kind(options.schedule or plan.schedule)
+    except ValueError as error:
+        raise LoweringError(f"the local target: {error}") from error
+    shape = PipelineShape.of(depth, plan.num_microbatches, devices, spread=spread_stages(plan))
+    problem = kind.problem(shape)
+    if not problem:
+        return kind, shape
+    for number in kind.stages_per_device:
+        placed = kind.place(depth, max(1, depth // number))
+        again = replace(shape, devices=placed or shape.devices)
+        if not kind.problem(again):
+            return kind, again
+    raise LoweringError(problem)
 
 
 @dataclass

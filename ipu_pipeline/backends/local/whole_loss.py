@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ipu_pipeline.backends.local.step import Step
-from ipu_pipeline.capture.batch_axes import as_exact_as, is_weighted_sum, plain_runs
+from ipu_pipeline.capture.batch_axes import plain_runs
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.compare import as_exact_as, is_weighted_sum
 from ipu_pipeline.stages.batch import CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.loss_shares import MixedSamplesError

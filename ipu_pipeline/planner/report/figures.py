@@ -56,8 +56,8 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
         "plot_bgcolor": "#ffffff",
         "paper_bgcolor": "#ffffff",
         "bargap": 0.25,
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "top", "yref": "container",
-                   "traceorder": "normal"},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "top",
+                   "xref": "container", "yref": "container", "traceorder": "normal"},
         "hoverlabel": {"align": "left", "font": _FONT},
         "xaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
         "yaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
@@ -88,9 +88,10 @@ def timeline_figure(plan: Plan, timeline: Timeline) -> Any:
         figure.update_xaxes(
             title_text="ms", range=[window.start_s * 1e3, window.end_s * 1e3], row=1, col=column
         )
-    height = 100 + max(26, min(60, 320 // len(names))) * len(names)
+    titles = 56 if len(shown) > 1 else 0  # below a legend that takes three rows on a narrow screen
+    height = 100 + titles + max(26, min(60, 320 // len(names))) * len(names)
     figure.update_layout(layout(height, barmode="overlay", bargap=0.18, uniformtext=_UNIFORM))
-    figure.update_layout(margin={"t": 60 if len(shown) > 1 else 36})
+    figure.update_layout(margin={"t": 36 + titles})
     figure.update_xaxes(gridcolor="#eceff2", automargin=True)
     rows = list(names.values())  # all of them, also those that do nothing in a window
     figure.update_yaxes(

@@ -29,6 +29,7 @@ from tests.backends.cluster.matrix import difference
 from tests.backends.cluster.processes import Processes
 from tests.backends.cluster.slice_jobs import MODELS
 from tests.tiny_models import TINY
+from tests.versions import needs_styles
 
 # (dp, pp, tp) of one batch of 4 microbatches.
 MESHES: dict[tuple[int, int, int], dict[str, Any]] = {
@@ -56,6 +57,7 @@ def local(name: str, steps: int) -> list[float]:
     return losses
 
 
+@needs_styles
 def test_it_trains_as_one_process_and_a_checkpoint_loads_under_another_mesh(
     four: Processes, tmp_path: Path
 ) -> None:
@@ -72,6 +74,7 @@ def test_it_trains_as_one_process_and_a_checkpoint_loads_under_another_mesh(
     assert difference(again[0]["losses"], expected[2:]) < 1e-5
 
 
+@needs_styles
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
@@ -98,6 +101,7 @@ def test_every_mesh_gives_the_losses_of_one_process(
             assert difference(after["losses"], expected[half : half + 3]) < 1e-5
 
 
+@needs_styles
 @pytest.mark.acceptance
 @pytest.mark.parametrize("schedule", ["zbv", "interleaved", "dualpipev"])
 def test_schedules(four: Processes, schedule: str) -> None:
@@ -106,6 +110,7 @@ def test_schedules(four: Processes, schedule: str) -> None:
                              schedule=schedule, recompute="all"))  # fmt: skip
 
 
+@needs_styles
 @pytest.mark.acceptance
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"llama-dropout"}))
 def test_architectures(two: Processes, name: str) -> None:
@@ -113,12 +118,14 @@ def test_architectures(two: Processes, name: str) -> None:
     check_gradients(two.run("slice_jobs.gradients", name=name, planned=planned))
 
 
+@needs_styles
 @pytest.mark.acceptance
 def test_batches_of_other_sizes_are_evaluated(four: Processes) -> None:
     found = four.run("slice_jobs.evaluated", name="llama", planned=MESHES[1, 2, 2])
     assert max(max(rank) for rank in found) < 1e-6
 
 
+@needs_styles
 @pytest.mark.acceptance
 def test_from_meta(four: Processes, tmp_path: Path) -> None:
     model = MODELS["llama-tied"].build()[0]
@@ -137,6 +144,7 @@ def test_from_meta(four: Processes, tmp_path: Path) -> None:
     assert "slices of the model's weights only" in found[0]["refused"]
 
 
+@needs_styles
 @pytest.mark.acceptance
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_adapters_over_bases_of_which_each_process_has_its_stage(
@@ -178,6 +186,7 @@ def model_of(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+@needs_styles
 def test_what_cannot_be_cut_is_refused() -> None:
     model = model_of(llama())
     assert cut_plan(model, plan(), 1).parameters == ()
@@ -230,6 +239,7 @@ def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         cut_plan(model_of(llama()), plan(), 2)
 
 
+@needs_styles
 def test_a_table_that_others_use_whole_stays_whole() -> None:
     model = model_of(llama(tie_word_embeddings=True))
     table = model.lm_head.weight
@@ -238,6 +248,7 @@ def test_a_table_that_others_use_whole_stays_whole() -> None:
     assert not cut_plan(model, plan(), 2).is_cut(table)
 
 
+@needs_styles
 @pytest.mark.parametrize(
     ("make", "fits"),
     [(torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.Adafactor, False)],
@@ -260,6 +271,7 @@ def mesh() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@needs_styles
 def test_no_numbers_are_drawn_for_slices_and_none_leave_a_block(mesh: Any) -> None:
     model = model_of(llama(attention_dropout=0.1))
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}

@@ -244,8 +244,9 @@ def test_a_vocabulary_spread_over_stages() -> None:
     plan = replace(_plan(), vocabulary=VocabularyRows(((0, 0, 50), (1, 50, 99))))
     _refused("PopART runs all IPUs of a pipeline in lock step", plan)
     model, batch = TINY["gpt2-lm"].build(device="meta")
-    with pytest.raises(PartitionError, match=r"lock step.*plan with vocabulary 'auto'"):
-        ipp.plan(model, batch, machine="pod4", num_stages=2, vocabulary="even")
+    for asked, said in (((1, 1), r"lock step.*plan with vocabulary 'auto'"), ("even", "no table")):
+        with pytest.raises(PartitionError, match=said):
+            ipp.plan(model, batch, machine="pod4", num_stages=2, vocabulary=asked)
 
 
 def test_activations_that_wait_in_host_memory() -> None:

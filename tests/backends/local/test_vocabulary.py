@@ -18,6 +18,7 @@ from ipu_pipeline.planner.options.tables import fused_heads
 from tests.backends.local.helpers import assert_equals_eager, planned
 from tests.later import in_turn
 from tests.tiny_models import TINY, TinyModel
+from tests.versions import OLDER
 
 GEMMA = TinyModel(
     transformers.Gemma2Config,
@@ -45,6 +46,8 @@ WAYS: dict[str, tuple[int, Any]] = {
 
 @pytest.mark.parametrize(("name", "schedule"), in_turn(MODELS, tuple(WAYS)))
 def test_loss_and_every_gradient_equal_eager(name: str, schedule: str) -> None:
+    if OLDER and (name, schedule) == ("bart", "zbv"):
+        pytest.skip("it draws its LayerDrop in every layer before transformers 5.21")
     num_stages, shares = WAYS[schedule]
     model, example = MODELS[name].build()
     plan = ipp.plan(model, example, num_stages=num_stages, microbatches=4, vocabulary=shares)

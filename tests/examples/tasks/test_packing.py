@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import ipu_pipeline as ipp
 from ipu_pipeline.train.trainer import PipelineTrainer
-from tasks.packing import PackedDataset, PackingCollator, best_fit, pack_model, unpacked
+from tasks.packed_model import pack_model
+from tasks.packing import PackedDataset, PackingCollator, best_fit, unpacked
 from tests.examples.tasks.tiny import ENCODER, NO_DROPOUT
 from tests.later import now
 

@@ -239,3 +239,30 @@ def test_overlap_rules(poptorch) -> None:
     with pytest.raises(poptorch.Error, match=r"needs OutputMode.All or OutputMode.Sum"):
         run(final=True)
     assert torch.equal(run(), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (lambda x, i, o: i(x + 1), "input applied on a node which is not a tensor input"),
+        (lambda x, i, o: i(x) + x, "must be the only op applied to an input"),
+        (lambda x, i, o: o(x + 1) + 1, "output applied on a node which is not a tensor output"),
+        (lambda x, i, o: [o(x + 1)] * 2, "returned twice"),
+    ],
+)  # poptorch/source/OverlappedIO.cpp of SDK 3.4
+def test_what_overlap_can_be_set_for(forward, said, poptorch) -> None:
+    mode = poptorch.OverlapMode.OverlapDeviceIterationLoop
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return forward(
+                x,
+                lambda value: poptorch.set_overlap_for_input(value, mode),
+                lambda value: poptorch.set_overlap_for_output(value, mode),
+            )
+
+    options = poptorch.Options()
+    options.setExecutionStrategy(poptorch.ShardedExecution())
+    options.TensorLocations.numIOTiles(32)
+    with pytest.raises(poptorch.Error, match=said):
+        poptorch.inferenceModel(Net(), options)(torch.ones(2))

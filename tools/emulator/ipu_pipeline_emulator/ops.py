@@ -11,6 +11,7 @@ from . import tracing
 from .enums import MatMulSerializationMode, OverlapMode
 from .errors import backend_error
 from .options_base import require, require_type
+from .structure import map_leaves
 
 
 def recomputationCheckpoint(*tensors: Any) -> Any:
@@ -113,15 +114,13 @@ def set_available_memory(tensor: Tensor, available_memory_proportion: float) -> 
 def set_overlap_for_input(tensors: Any, mode: OverlapMode) -> Any:
     """Overlap the copy of inputs with compute."""
     require_type(mode, OverlapMode, "set_overlap_for_input's mode")
-    tracing.note_overlap(mode)
-    return tensors
+    return map_leaves(lambda tensor: tracing.overlapped("input", tensor, mode), tensors)
 
 
 def set_overlap_for_output(tensors: Any, mode: OverlapMode) -> Any:
     """Overlap the copy of outputs with compute."""
     require_type(mode, OverlapMode, "set_overlap_for_output's mode")
-    tracing.note_overlap(mode)
-    return tensors
+    return map_leaves(lambda tensor: tracing.overlapped("output", tensor, mode), tensors)
 
 
 def nop(tensor: Tensor) -> Tensor:

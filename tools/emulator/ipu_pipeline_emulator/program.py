@@ -64,6 +64,7 @@ class Program:
         blocks: Blocks in the order of execution.
         custom_ops: Names of custom operations; the stand-in computes zeros for them.
         overlapped: Copies of inputs or outputs overlap with compute.
+        overlaps: ``input`` or ``output`` and the slot of every tensor that an overlap was set for.
         trained: Names of the parameters that get a gradient.
         replication_factor: Replicas of this process.
         num_ipus: IPUs reserved for all replicas; set by the checks.
@@ -76,6 +77,7 @@ class Program:
     blocks: list[BlockRecord] = field(default_factory=list)
     custom_ops: list[str] = field(default_factory=list)
     overlapped: bool = False
+    overlaps: list[tuple[str, int | None]] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     replication_factor: int = 1
     num_ipus: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .enums import OutputMode, ReductionType
 from .errors import backend_error
+from .graph import Slot, flat
 from .options import Options
 from .popart_keys import unknown_option
 from .program import BlockRecord, Program
@@ -76,6 +77,7 @@ def _check_counts(options: Options) -> None:
 
 
 def _check_overlap(program: Program, options: Options) -> None:
+    _check_overlapped_tensors(program)
     if not program.overlapped:
         return
     if program.pipelined:
@@ -86,6 +88,32 @@ def _check_overlap(program: Program, options: Options) -> None:
         )
     if options.output_mode not in (OutputMode.All, OutputMode.Sum):
         raise backend_error("Overlapped input or output needs OutputMode.All or OutputMode.Sum")
+
+
+def _check_overlapped_tensors(program: Program) -> None:
+    graph = program.graph
+    outputs = [value.index for value in graph.outputs if isinstance(value, Slot)]
+    for what, slot in program.overlaps:
+        if slot not in (graph.inputs if what == "input" else outputs):
+            raise backend_error(
+                f"poptorch.set_overlap_for_{what} applied on a node which is not a tensor {what} "
+                f"{'to' if what == 'input' else 'of'} the model"
+            )
+        if what == "output" and outputs.count(slot) > 1:
+            raise backend_error(
+                "poptorch.set_overlap_for_output cannot be used with a tensor that is returned "
+                "twice"
+            )
+        uses = [
+            node
+            for node in graph.nodes
+            if any(isinstance(v, Slot) and v.index == slot for v in flat((node.args, node.kwargs)))
+        ]
+        if what == "input" and len(uses) > 1:
+            raise backend_error(
+                "poptorch.set_overlap_for_input must be the only op applied to an input: use the "
+                "tensor that it returns"
+            )
 
 
 def _active_blocks(program: Program) -> list[BlockRecord]:

@@ -90,11 +90,25 @@ def note_custom_op(name: str) -> None:
         recorder.program.custom_ops.append(name)
 
 
-def note_overlap(mode: OverlapMode) -> None:
-    """Record that copies overlap with compute."""
+def overlapped(what: str, tensor: Any, mode: OverlapMode) -> Any:
+    """Record that copies of an ``input`` or ``output`` overlap with compute; return the tensor.
+
+    Raises:
+        Error: It is no tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise createPoptorchError(
+            f"You may only set overlap for tensors, {type(tensor)} is not supported"
+        )
     recorder = _recorder()
-    if recorder is not None and mode is not OverlapMode.NoOverlap:
-        recorder.program.overlapped = True
+    if recorder is None:
+        return tensor
+    program = recorder.program
+    program.overlapped |= mode is not OverlapMode.NoOverlap
+    made = tensor.clone()  # an operation of its own: what uses the tensor itself is another one
+    slot = recorder.slot_of(tensor if what == "input" else made)
+    program.overlaps.append((what, slot))
+    return made
 
 
 def refuse_in_training(what: str) -> None:

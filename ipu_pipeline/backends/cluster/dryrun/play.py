@@ -43,14 +43,15 @@ from ipu_pipeline.backends.cluster.sharding import (
 )
 from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.attention import ReplacedAttention
-from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.fused import ReplacedAttention, grouped_without_values
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.planner.schedules.simulate import plan_shape
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks, recomputed_blocks
+from ipu_pipeline.stages.block_runs import recomputed_blocks
+from ipu_pipeline.stages.build import build_stages, place_blocks
+from ipu_pipeline.stages.stage import Stage
 
 # So many microbatches per stage show all that more would.
 _DEPTHS = 2

@@ -23,8 +23,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, dty
 from ipu_pipeline.backends.cluster.prices.rank_plan import rank_step_of
 from ipu_pipeline.backends.cluster.prices.rank_step import RankBytes
 from ipu_pipeline.capture.captured import model_identity
-from ipu_pipeline.capture.from_config import config_named, from_config
-from ipu_pipeline.capture.precision import in_dtype
+from ipu_pipeline.capture.from_config import config_named, from_config, in_dtype
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan

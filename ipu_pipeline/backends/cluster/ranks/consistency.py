@@ -28,8 +28,9 @@ from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.block_runs import recomputed_blocks
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import check_blocks
 
 # Elements of a tensor that are compared between ranks.

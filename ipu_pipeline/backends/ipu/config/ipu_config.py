@@ -23,7 +23,6 @@ CONFIG_FILE_NAME = "ipu_config.json"
 DEFAULT_MATMUL_PROPORTION = 0.2
 # Read, kept and written back; the last release that published them ignores them, and so do we.
 LEGACY_FIELDS = (
-    "decompose_grad_sum",
     "execute_encoder_on_cpu_for_generation",
     "profile_dir",
     "sharded_execution_for_inference",
@@ -54,6 +53,7 @@ Copies = Annotated[int, Meta(ge=1, le=LIMITS["replicas"])]
 Seed = Annotated[int, Meta(ge=0, le=LIMITS["seed"])]
 Factor = Annotated[int, Meta(ge=0, le=LIMITS["slices"])]
 Share = Annotated[float, Meta(ge=0, le=1)]  # of an IPU's memory
+Tiles = Annotated[int, Meta(ge=32, le=192, multiple_of=2)]
 Layers = Annotated[
     tuple[Annotated[int, Meta(ge=WILDCARD, le=LIMITS["num_layers"])], ...],
     Meta(min_length=1, max_length=LIMITS["num_stages"]),
@@ -62,6 +62,10 @@ Splits = Annotated[tuple[Factor, ...], Meta(min_length=1)]
 Shares = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
 Replicas = Copies | Annotated[Mapping[str, Copies], Meta(min_length=1)]
 OutputMode = Literal["all", "sum", "final", "default"]
+ONE_IPU_OVERLAPS = (
+    "PopTorch overlaps host input with compute on one IPU only, not in a pipeline; leave "
+    "num_io_tiles out, or run on one IPU"
+)
 # A comma separates two settings unless it stands inside brackets.
 _SEPARATOR = re.compile(r",(?![^\[]*\])")
 _BOOLS = {**dict.fromkeys(("yes", "y"), "true"), **dict.fromkeys(("no", "n"), "false")}
@@ -91,8 +95,11 @@ class IPUConfig:
         recompute_checkpoint_every_layer: Keep layer outputs only and compute the rest again.
         stage_starts: First block and IPU of every stage, where ``layers_per_ipu`` cannot say it
             (a field of this package: the published library reads ``layers_per_ipu``).
+        num_io_tiles: Tiles of an IPU that only load the next inputs from the host while the others
+            compute, an even number from 32 to 192; ``None``: none. One IPU only.
         enable_half_partials: Accumulate matrix products in float16.
         auto_loss_scaling: Let the device choose the loss scaling.
+        decompose_grad_sum: PopART's ``decomposeGradSum``: partial gradients are added in a tree.
         output_mode: What a step returns: ``all``, ``sum``, ``final`` or ``default``.
         seed: Seed of the device's random numbers.
         executable_cache_dir: Folder for compiled programs; empty for none.
@@ -130,6 +137,7 @@ class IPUConfig:
     recompute: bool | None = None
     recompute_checkpoint_every_layer: bool = False
     stage_starts: Mapping[str, int] | None = field(default=None, hash=False)
+    num_io_tiles: Tiles | None = None
     enable_half_partials: bool = True
     auto_loss_scaling: bool = False
     explicit_ir_inference: bool = False
@@ -153,7 +161,13 @@ class IPUConfig:
             value = from_json(kind, getattr(self, name), name, ConfigError)
             object.__setattr__(self, name, value)
         for inference in (False, True):
-            _check_consistency(self, "inference_" if inference else "")
+            prefix, num_ipus = "inference_" * inference, self.num_ipus(inference=inference)
+            if self.num_io_tiles and num_ipus > 1:
+                raise ConfigError(
+                    f"num_io_tiles={self.num_io_tiles} with {num_ipus} IPUs "
+                    f"({prefix}ipus_per_replica or {prefix}layers_per_ipu): {ONE_IPU_OVERLAPS}"
+                )
+            _check_consistency(self, prefix)
 
     # ---- reading and writing
 

@@ -8,7 +8,7 @@ finds these values again from published measurements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machine import Machine
@@ -99,6 +99,10 @@ class Chip:
     def memory_bytes(self) -> int:
         """Memory of the whole chip."""
         return self.tiles * self.tile_memory_bytes
+
+    def without(self, num_io_tiles: int | None) -> Chip:
+        """Return the chip as its compute tiles: with so many fewer tiles."""
+        return replace(self, tiles=self.tiles - (num_io_tiles or 0))
 
     def macs_per_cycle(self, precision: str) -> int:
         """Multiply-adds per tile and cycle for ``16.16``, ``16.32`` or ``32.32``."""

@@ -79,7 +79,8 @@ class IPUPipeline:
         base = schedule_kind("popart").objective(shape)
         none = (0,) * count
         rows = list(base.rows)
-        fixed_s = run.num_microbatches * input_time(chain.graph, run, chain.chip)
+        input_s = input_time(chain.graph, run, chain.chip) * run.exposed_inputs
+        fixed_s = run.num_microbatches * input_s
         if count > 1:
             total = 2 * count - 1 if run.training else count
             cycles = run.num_microbatches + total - 1

@@ -14,6 +14,7 @@ from itertools import product
 from time import monotonic
 from typing import Any
 
+from ipu_pipeline.backends.ipu.config.ipu_config import ONE_IPU_OVERLAPS
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.layout import one_ipu_groups
@@ -102,7 +103,8 @@ class IPUPlanning:
             PlanError: The machine's devices are no IPUs.
         """
         run = replace(settings, training=graph.training)
-        return cls(ChainPrices(graph, chip_of(machine)), run, choices or ProgramChoices())
+        chip = chip_of(machine).without(run.num_io_tiles)
+        return cls(ChainPrices(graph, chip), run, choices or ProgramChoices())
 
     @property
     def graph(self) -> BlockGraph:
@@ -281,6 +283,7 @@ class IPUPlanning:
                 yield replicas, constraints.stage_devices
             return
         most = min(available // replicas, len(self.graph.blocks))
+        most = min(most, 1) if self.settings.num_io_tiles else most
         for ipus in range(1, most + 1):
             if wanted in (None, ipus):
                 yield replicas, tuple(range(ipus))
@@ -305,6 +308,8 @@ class IPUPlanning:
         )
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
+        if self.settings.num_io_tiles:
+            return ONE_IPU_OVERLAPS
         depth = constraints.num_stages or 1
         count = constraints.num_microbatches
         least = _least_microbatches(depth, self.graph)
@@ -328,9 +333,11 @@ class IPUPlanning:
             )
         places = len(self.starts(constraints)) - 1
         if places < depth:
+            called = [name.split("#")[0] for name in self.graph.block_index if "#" in name]
+            again = f" ({called[0]!r} is called again: all between is one stage)" if called else ""
             return (
                 f"{count_of(depth, 'stage')} need as many blocks that a module's call begins, the "
-                f"model has {places} at the given granularity; ask for fewer stages"
+                f"model has {places} at the given granularity{again}; ask for fewer stages"
             )
         return (
             f"no pipeline to try: {count_of(constraints.replicas, 'replica')}, "

@@ -181,6 +181,7 @@ def predict(
             f"{len(machine.devices)}; lower replication_factor or choose a larger pod"
         )
     graph = spread_tables(graph, settings)
+    chip = chip.without(settings.num_io_tiles)
     return Prediction(graph, make_layout(graph, settings), settings, chip)
 
 
@@ -369,7 +370,8 @@ def prediction_of(plan: Plan) -> Prediction:
     settings = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     _check_recompute(plan, layout)
-    return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
+    chip = chip_of(plan.machine).without(settings.num_io_tiles)
+    return Prediction(plan.graph, layout, settings, chip)
 
 
 def table_problems(plan: Plan) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.ipu_config import Copies, Factor, IPUs, Share, Steps
+from ipu_pipeline.backends.ipu.config.ipu_config import Copies, Factor, IPUs, Share, Steps, Tiles
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import Amount, Count, from_json, to_json
 
@@ -35,6 +35,7 @@ class IPUSettings:
         embedding_splits: Slices of the embedding table that each IPU holds; empty: all of it
             where the lookup is.
         projection_splits: The same for the output projection.
+        num_io_tiles: Tiles that only load the next inputs while the others compute; ``None``: none.
         optimizer: Its published name; ``sgd`` has no state, every other has two moments.
         optimizer_offchip: Optimizer state in streaming memory.
         sharded: Replicated tensor sharding of the optimizer state.
@@ -67,6 +68,7 @@ class IPUSettings:
     projection_factor: Factor = 1
     embedding_splits: tuple[Factor, ...] = ()
     projection_splits: tuple[Factor, ...] = ()
+    num_io_tiles: Tiles | None = None
     optimizer: str = "adamw"
     optimizer_offchip: bool = False
     sharded: bool = False
@@ -102,6 +104,12 @@ class IPUSettings:
     def num_microbatches(self) -> int:
         """Microbatches of a step of one replica (in inference: of a call)."""
         return self.accumulation if self.training else self.device_iterations
+
+    @property
+    def exposed_inputs(self) -> float:
+        """Share of the microbatches whose input nothing hides: the first and the last of a loop."""
+        loop = self.num_microbatches if self.num_microbatches > 1 else self.device_iterations
+        return min(1.0, 2 / loop) if self.num_io_tiles else 1.0
 
     @property
     def stashed_bytes(self) -> float:
@@ -146,6 +154,7 @@ class IPUSettings:
         return (
             f"program: {self.recomputation}, {self.precision} arithmetic, optimizer state {place}"
             f"{', sharded' if self.sharded else ''}, memory proportion {given}"
+            f"{f', {self.num_io_tiles} I/O tiles' if self.num_io_tiles else ''}"
         )
 
     @classmethod
@@ -192,6 +201,7 @@ class IPUSettings:
             projection_factor=max(1, factors["projection"] or factors["embedding"] or 1),
             embedding_splits=tuple(splits["embedding"]),
             projection_splits=tuple(splits["projection"]),
+            num_io_tiles=config.num_io_tiles,
             optimizer_offchip=config.optimizer_state_offchip,
             sharded=config.replicated_tensor_sharding,
             half_first_moment=bool(config.enable_half_first_order_momentum),
@@ -214,6 +224,7 @@ class IPUSettings:
             "matmul_proportion": tuple(self.proportion(ipu) for ipu in range(self.num_ipus)),
             "embedding_serialization_factor": self.embedding_factor,
             "projection_serialization_factor": self.projection_factor,
+            "num_io_tiles": self.num_io_tiles,
             "optimizer_state_offchip": self.optimizer_offchip,
             "replicated_tensor_sharding": self.sharded,
             "recompute": self.recompute,

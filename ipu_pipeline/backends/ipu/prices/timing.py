@@ -51,7 +51,7 @@ class StepTime:
         stages: Per forward stage.
         cycle_s: One main cycle: busiest IPU, copies and input.
         copy_s: Copies between IPUs in one cycle.
-        input_s: Host to device in one cycle.
+        input_s: Host to device in one cycle; with I/O tiles what compute does not hide of it.
         fill_s: All fill cycles.
         main_s: All main cycles.
         flush_s: All flush cycles.
@@ -99,12 +99,13 @@ class StepTime:
 def step_time(run: PlacedProgram) -> StepTime:
     """Predict one optimizer step."""
     settings, stages, copy_s = run.settings, stage_times(run), copy_time(run)
-    input_s = input_time(run.graph, settings, run.chip)
     fill, main, flush = cycle_loads(stages, training=settings.training)
-    between = copy_s + input_s
     if not settings.pipelined:
         fill, flush = (), ()
         main = sum(stage.forward_s + stage.backward_s for stage in stages)
+    input_s = input_time(run.graph, settings, run.chip)
+    input_s -= (1 - settings.exposed_inputs) * min(input_s, main)
+    between = copy_s + input_s
     num_main = max(1, settings.num_microbatches - len(fill))
     update = update_times(run)
     # Inference queues its next call while this one runs; a training step waits for the host.

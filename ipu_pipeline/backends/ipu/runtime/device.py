@@ -9,6 +9,8 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .host_values import map_leaves
+
 _OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -30,6 +32,8 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         options = popdist.poptorch.Options(ipus_per_replica=settings[prefix + "ipus_per_replica"])
     options.deviceIterations(settings[prefix + "device_iterations"])
     options.autoRoundNumIPUs(True)
+    if settings["num_io_tiles"]:
+        options.TensorLocations.numIOTiles(settings["num_io_tiles"])
     if settings["seed"] is not None:
         options.randomSeed(settings["seed"])
     proportions = settings["inference_memory_proportions" if inference else "memory_proportions"]
@@ -50,6 +54,20 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         options.Precision.setPartialsType(partials)
     _popart(options, settings, inference=inference)
     return options
+
+
+def load_ahead(inputs: Any, settings: Mapping[str, Any], poptorch: Any, *, training: bool) -> Any:
+    """Return inputs of a program that I/O tiles, if there are any, load while others compute."""
+    if not settings["num_io_tiles"]:
+        return inputs
+    mode = poptorch.OverlapMode.OverlapDeviceIterationLoop
+    if training and settings["gradient_accumulation_steps"] > 1:
+        mode = poptorch.OverlapMode.OverlapAccumulationLoop
+
+    def told(value: Any) -> Any:
+        return poptorch.set_overlap_for_input(value, mode) if isinstance(value, Tensor) else value
+
+    return map_leaves(told, inputs)
 
 
 def started_by_poprun() -> Any:
@@ -88,6 +106,8 @@ def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> No
         popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
         patterns = ("TiedGather", "TiedGatherAccumulate", "UpdateInplacePrioritiesForIpu")
         popart.setPatterns(dict.fromkeys(patterns, True))
+        if settings["decompose_grad_sum"]:
+            popart.set("decomposeGradSum", True)
         if settings["max_grad_norm"] is None:  # clipping has an order of its own
             popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
             popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])

@@ -44,7 +44,11 @@ _FIELDS: dict[str, tuple[Test, str]] = {
         "a whole number from 1 on",
     ),
     "recompute recompute_checkpoint_every_layer optimizer_state_offchip replicated_tensor_sharding "
-    "enable_half_partials auto_loss_scaling explicit_ir_inference half": (_flag, "true or false"),
+    "enable_half_partials decompose_grad_sum auto_loss_scaling explicit_ir_inference half": (
+        _flag,
+        "true or false",
+    ),
+    "num_io_tiles": (or_none(_whole), "a whole number from 1 on, or null"),
     "learning_rate eps momentum weight_decay loss_scaling": (_number, "a number from 0 on"),
     "max_grad_norm": (or_none(_number), "a number from 0 on, or null"),
     "seed": (lambda seed: seed in (None, 0) or _whole(seed), "a whole number from 0 on, or null"),

@@ -3,18 +3,17 @@
 The device derives gradients from what the forward pass computes. It never calls the ``backward`` of
 a function of its own (``torch.autograd.Function``): its gradient is compared once with the slope of
 its forward pass, and a function that means another one (a straight-through estimator, an
-approximation) is refused. So is what comes of trained weights in a region without gradients.
+approximation) is refused. Where the model switches gradients off, tensors are detached.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
 from .host_values import tensors_of
 from .static_errors import refuse
@@ -24,61 +23,88 @@ _TOLERANCE = 1e-3
 
 
 @contextlib.contextmanager
-def gradients_checked(trained: Iterable[Tensor] = ()) -> Iterator[None]:
+def gradients_checked() -> Iterator[None]:
     """While it lasts, functions are compared when they are applied.
 
-    Args:
-        trained: Weights that have to get their gradients wherever they are used.
-
     Raises:
-        StaticGraphError: A function has another gradient than its forward pass; what comes of a
-            trained weight where gradients are switched off is used elsewhere.
+        StaticGraphError: A function has another gradient than its forward pass.
     """
-    own: Any = Function.__dict__["apply"]
     known = set()
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(plain: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         differs = any(isinstance(v, Tensor) and v.is_floating_point() for v in args)
         if differs and cls not in known:
             known.add(cls)
-            _check(cls, own.__get__(None, cls), args)
-        return own.__get__(None, cls)(*args, **kwargs)
+            _check(cls, plain, args)
+        return plain(*args, **kwargs)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    with _applied_by(apply):
+        yield
+
+
+@contextlib.contextmanager
+def _applied_by(apply: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, functions are applied by ``apply(plain, cls, *args, **kwargs)``."""
+    own: Any = Function.__dict__["apply"]
+
+    def changed(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply(own.__get__(None, cls), cls, *args, **kwargs)
+
+    Function.apply = classmethod(changed)  # type: ignore[assignment,method-assign]
     try:
-        with _TrainedWeights(trained):
-            yield
+        yield
     finally:
         Function.apply = own  # type: ignore[method-assign]
 
 
-class _TrainedWeights(TorchFunctionMode):
-    """Refuses to compute on with what comes of these weights where gradients are switched off."""
+class StoppedGradients:
+    """Detaches what enters a region where the model switches gradients off.
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._weights = {id(weight) for weight in weights}
-        self._without: Dict[int, Tensor] = {}  # their results, kept so that ids stay theirs
+    The device derives gradients there, too (poptorch's ``fixRequiresGradFromDispatch`` looks at
+    inputs only), and knows ``detach``.
+    """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        result = func(*args, **(kwargs or {}))
-        computed = [t for t in tensors_of(result) if t.is_floating_point()]
-        if not computed or getattr(func, "__name__", "") == "detach":
-            return result
-        given = {id(t) for t in tensors_of((args, kwargs))}
-        if not torch.is_grad_enabled():
-            if given & self._weights or given & self._without.keys():
-                self._without.update((id(t), t) for t in computed)
-        elif given & self._without.keys():
-            raise refuse(
-                "uses what was computed from trained weights under torch.no_grad(), and the device "
-                "derives gradients there, too",
-                "leave no_grad out, or freeze these weights (requires_grad_(False))",
-            )
+    def __init__(self) -> None:
+        self._given = torch.is_grad_enabled()
+        self._made: Dict[int, Tensor] = {}  # tensors without gradient, kept so that ids stay theirs
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While it lasts, the forward passes of functions keep their gradients.
+
+        torch switches gradients off in them; the device derives the function's gradient there.
+        """
+
+        def apply(plain: Any, _: Any, *args: Any, **kwargs: Any) -> Any:
+            before, self._given = self._given, self._given and not torch.is_grad_enabled()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._given = before
+
+        with _applied_by(apply):
+            yield
+
+    @property
+    def here(self) -> bool:
+        """Whether the model has switched gradients off."""
+        return self._given and not torch.is_grad_enabled()
+
+    def has(self, value: Tensor) -> bool:
+        """Tell whether a tensor is known to have no gradient."""
+        return not value.is_floating_point() or id(value) in self._made
+
+    def add(self, result: Any) -> Any:
+        """Note that the tensors in ``result``, made here, have no gradient, and return it."""
+        if self.here:
+            self._made.update((id(t), t) for t in tensors_of(result))
         return result
+
+    def stop(self, value: Any) -> Any:
+        """Return a tensor without its gradient; outside of regions, and others, as they are."""
+        if not self.here or not isinstance(value, Tensor) or self.has(value):
+            return value
+        return self.add(value.detach())
 
 
 def _check(cls: Any, apply: Any, args: Any) -> None:

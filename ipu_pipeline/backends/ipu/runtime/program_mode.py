@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .host_draws import HostDraws
 from .host_values import HostValues, map_leaves, node, on_host, tensors_of
+from .own_gradients import StoppedGradients
 from .static_errors import refuse
 
 
@@ -101,6 +102,7 @@ class ProgramMode(TorchFunctionMode):
         self.device = device
         self.values = values
         self.pending: Any = None
+        self.stopped = StoppedGradients()
         self.unusable: dict[int, tuple[Tensor, Exception]] = {}
         self._emulated = device.type == "cpu"
         self._run = object()
@@ -279,9 +281,10 @@ class ProgramMode(TorchFunctionMode):
             args, target = self._written(target, args)
         if name in _SHAPES:
             args, kwargs = (args[0], *self.numbers(args[1:])), self.numbers(kwargs)
-        for key in NUMBERS:
-            if isinstance(kwargs.get(key), Tensor):
-                kwargs = {**kwargs, key: self.read_number(kwargs[key])}
+        kwargs = {
+            key: self.read_number(value) if key in NUMBERS and isinstance(value, Tensor) else value
+            for key, value in kwargs.items()
+        }
         numbers = self._numbers_of(name, args, kwargs)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
@@ -289,6 +292,10 @@ class ProgramMode(TorchFunctionMode):
             map_leaves(self._program_form, args),
             map_leaves(self._program_form, kwargs),
         )
+        if self.stopped.here:
+            own = int(target is not None)
+            moved_args = (*moved_args[:own], *map_leaves(self.stopped.stop, moved_args[own:]))
+            moved_kwargs = map_leaves(self.stopped.stop, moved_kwargs)
         result = self.mark(self._run_program(func, name, moved_args, moved_kwargs))
         if numbers is not None:
             self._note(func, args, kwargs, result)
@@ -300,7 +307,7 @@ class ProgramMode(TorchFunctionMode):
 
     def _run_program(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         try:
-            return func(*args, **kwargs)
+            return self.stopped.add(func(*args, **kwargs))
         except (NotImplementedError, RuntimeError) as error:
             if self.device.type != "meta":
                 raise
@@ -317,10 +324,16 @@ class ProgramMode(TorchFunctionMode):
         """Make the tensor that is written to one of the program."""
         if id(target) in self._buffers:
             del self._buffers[id(target)]
-            self.mark(target)
+            self.stopped.add(self.mark(target))
         elif not self.is_program(target):
             moved = self._promote(target)
             return (moved, *args[1:]), moved
+        elif self.stopped.here and self.number(target) is None and not self.stopped.has(target):
+            raise refuse(
+                "changes a tensor in place under torch.no_grad(), and the device derives the "
+                "gradient of the change",
+                "write the new value to another tensor",
+            )
         return args, target
 
     def _promote(self, constant: Tensor) -> Tensor:
@@ -427,6 +440,7 @@ class ProgramMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and name == "__get__" and result is not args[0]:
             if self.is_program(args[0]):
+                result = self.stopped.stop(result)
                 number = self.number(args[0])
                 self.mark(result)
                 if number is not None:

@@ -96,13 +96,13 @@ def train(
         data = {name: v.half() if v.is_floating_point() else v for name, v in data.items()}
     placement = Placement(model, blocks, plan["model"]["parameters"], poptorch)
     options = make_options(settings, poptorch)
-    options.setExecutionStrategy(placement.strategy())
+    options.setExecutionStrategy(placement.strategy(pipelined=not settings["num_io_tiles"]))
     groups = decayed_groups(model, settings["weight_decay"])
     optimizer = make_optimizer(settings, groups, poptorch)
     loader = poptorch.DataLoader(
         options, Rows(data), batch_size=settings["micro_batch_size"], shuffle=arguments.shuffle
     )
-    forward = DeviceForward(model, poptorch)
+    forward = DeviceForward(model, poptorch, settings)
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     losses = []
     samples = 0

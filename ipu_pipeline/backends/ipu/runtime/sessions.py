@@ -52,7 +52,7 @@ class Sessions:
         self.device_optimizer: Any = None
         self.next_state: dict[str, Tensor] = {}
         self._model = model
-        self._forward = DeviceForward(model, poptorch)
+        self._forward = DeviceForward(model, poptorch, settings)
         self._settings = settings
         self._poptorch = poptorch
         self._parameters = dict(model.named_parameters())
@@ -102,7 +102,8 @@ class Sessions:
         if self.training is None:
             self.device_optimizer = self._make_optimizer(wanted)
             options = make_options(self._settings, self._poptorch)
-            options.setExecutionStrategy(self.placement.strategy())
+            pipelined = not self._settings["num_io_tiles"]
+            options.setExecutionStrategy(self.placement.strategy(pipelined=pipelined))
             if ipu_version is not None:
                 options.useOfflineIpuTarget(ipu_version)
             self._hand_over_state()
@@ -234,6 +235,7 @@ class Sessions:
             options = make_options(self._settings, self._poptorch, inference=True)
             deep = self._settings["inference_num_stages"]
             pipelined = self._settings["inference_device_iterations"] >= deep
+            pipelined &= not self._settings["num_io_tiles"]
             options.setExecutionStrategy(self.placement.strategy(pipelined=pipelined))
             self._model.eval()
             self.inference = self._poptorch.inferenceModel(self._model, options)

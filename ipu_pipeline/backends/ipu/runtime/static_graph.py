@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from .device import load_ahead
 from .host_draws import PREFIX, HostDraws
 from .host_values import HostValues, map_leaves, tensors_of
 from .indexing import indexing_seen
@@ -107,8 +108,8 @@ class StaticProgram:
         inputs = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in sample.items()}
         self._attributes = _plain_attributes(model)
         # On meta no weight asks for a gradient; grad mode shows where the model switches it off.
-        with torch.set_grad_enabled(model.training), _on_meta(model) as trained:
-            checked = gradients_checked(trained) if model.training else contextlib.nullcontext()
+        with torch.set_grad_enabled(model.training), _on_meta(model):
+            checked = gradients_checked() if model.training else contextlib.nullcontext()
             with checked, self._running(inputs, [], learn=True):
                 model(**inputs)
             after = _plain_attributes(model)
@@ -178,7 +179,7 @@ class StaticProgram:
         for tensor in given:
             mode.mark(tensor)
         drawing = self.draws.running(model, given, learn=learn)
-        with static_graph(model), drawing, indexing_seen(), mode:
+        with static_graph(model), drawing, indexing_seen(), mode.stopped.running(), mode:
             yield mode
         if mode.pending is not None:
             raise mode.pending.error
@@ -201,11 +202,8 @@ def _named_buffers(model: nn.Module) -> Iterator[Tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _on_meta(model: nn.Module) -> Iterator[List[Tensor]]:
-    """While it lasts, parameters and buffers have no values; tied ones stay tied.
-
-    Yields what stands for parameters that are trained.
-    """
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """While it lasts, parameters and buffers have no values; tied ones stay tied."""
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     made: Dict[int, Tensor] = {}
     before = []
@@ -218,7 +216,7 @@ def _on_meta(model: nn.Module) -> Iterator[List[Tensor]]:
     try:
         for module, held, name, value in before:
             _put(module, held, name, made[id(value)])
-        yield [made[id(value)] for *_, value in before if value.requires_grad]
+        yield
     finally:
         for module, held, name, value in before:
             _put(module, held, name, value)
@@ -278,12 +276,13 @@ class DeviceForward:
     Args:
         model: The user's model.
         poptorch: The front end.
+        settings: The flat object of ``settings.json``.
 
     Attributes:
         names: Of the tensors of the last evaluation.
     """
 
-    def __init__(self, model: nn.Module, poptorch: Any) -> None:
+    def __init__(self, model: nn.Module, poptorch: Any, settings: Mapping[str, Any]) -> None:
         self.names: list[str] = []
         self._model = model
         # Somebody may have put a forward on the object before us.
@@ -293,7 +292,8 @@ class DeviceForward:
 
         @functools.wraps(plain)
         def changed(*args: Any, **kwargs: Any) -> Any:
-            output = self._programs[model.training].run(plain, args, kwargs)
+            given = load_ahead((args, kwargs), settings, poptorch, training=model.training)
+            output = self._programs[model.training].run(plain, *given)
             if model.training:
                 # A sum of losses must be marked as the one loss.
                 return poptorch.identity_loss(output["loss"], reduction="none")

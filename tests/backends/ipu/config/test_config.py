@@ -81,17 +81,19 @@ def test_every_field_survives_a_round_trip() -> None:
         bool: True, str: "all", config.OutputMode: "all", config.IPUs: 2, config.Steps: 3,
         config.Factor: 3, config.Seed: 3,
         config.Layers: [2, 1], config.Splits: [2, 1], config.Shares: [0.5, 0.25],
-        config.Replicas: {"pod16": 4, "default": 2}, Mapping[str, int]: {"a": 1},
+        config.Tiles: 32, config.Replicas: {"pod16": 4, "default": 2}, Mapping[str, int]: {"a": 1},
         Mapping[str, Any]: {"a": [1]},
     }  # fmt: skip
     samples |= {kind | None: sample for kind, sample in samples.items()}
     raw = {name: samples[kind] for name, kind in config.field_types().items() if name != "foreign"}
     raw |= {"dataset": "squad"}
     raw |= {"ipus_per_replica": 2, "inference_ipus_per_replica": 2}
+    del raw["num_io_tiles"]  # of one IPU
     for layer in ("embedding", "projection"):  # splits and factor exclude each other
         for prefix in ("", "inference_"):
             raw.pop(f"{prefix}{layer}_serialization_factor")
     assert IPUConfig.from_dict(raw).to_dict() == raw
+    assert IPUConfig.from_dict({"num_io_tiles": 32}).to_dict()["num_io_tiles"] == 32
 
 
 def test_defaults_are_those_of_the_published_library() -> None:

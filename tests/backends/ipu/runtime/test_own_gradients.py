@@ -7,10 +7,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.backends.ipu.runtime.own_gradients import gradients_checked
 from ipu_pipeline.backends.ipu.runtime.static_errors import StaticGraphError
-from tests.backends.ipu.runtime.programs import Toy, batch, rehearsed
+from tests.backends.ipu.runtime.programs import Toy, batch, rehearsed, run
+
+
+class _Device(TorchFunctionMode):
+    """Derives gradients under ``torch.no_grad()``, too, as poptorch; counts what stops them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:  # otherwise the end of the block would undo it
+            return func(*args)
+        self.stops += func is Tensor.detach and args[0].requires_grad
+        with torch.enable_grad():
+            return func(*args, **(kwargs or {}))
 
 
 class Squared(torch.autograd.Function):
@@ -74,18 +90,49 @@ def test_a_function_of_whole_numbers_has_no_gradient() -> None:
         assert torch.vmap(Next.apply)(torch.arange(2)).tolist() == [1, 2]
 
 
-def test_trained_weights_without_gradients_are_refused_in_training_only() -> None:
+def test_what_is_computed_without_gradients_is_detached(poptorch: Any) -> None:
     def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        turned = x * m.weight
         with torch.no_grad():
-            y = x * m.weight
-        return y + m.weight
+            y = (x * m.weight).exp() + m.weight
+            turned = turned.T
+            z = torch.zeros(2, 4)
+            z += m.weight
+        return {"loss": (y * m.weight + z + y + turned.T).sum()}
+
+    model, inputs = Toy(forward).train(), batch()
+    program = rehearsed(model, inputs)
+    with _Device() as device:
+        found = run(program, model, inputs)["loss"]
+    assert device.stops > 0
+    ours, theirs = (
+        torch.autograd.grad(loss, model.weight) for loss in (found, model(**inputs)["loss"])
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_function_of_its_own_keeps_its_gradient() -> None:
+    def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        return {"loss": Squared.apply(x * m.weight, 2.0).sum()}
+
+    model = Toy(forward).train()
+    program = rehearsed(model, batch())
+    with _Device() as device:
+        run(program, model, batch())
+    assert device.stops == 0
+
+
+def test_a_change_in_place_without_gradients_is_refused_in_training_only() -> None:
+    def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        y = x * m.weight
+        with torch.no_grad():
+            y.mul_(2)
+        return y
 
     model = Toy(forward)
-    with pytest.raises(StaticGraphError, match=r"from trained weights under torch.no_grad\(\)"):
+    with pytest.raises(StaticGraphError, match=r"in place under torch.no_grad\(\)"):
         rehearsed(model.train(), batch())
     rehearsed(model.eval(), batch())
-    model.weight.requires_grad_(False)
-    rehearsed(model.train(), batch())
 
 
 def test_places_found_without_gradients_are_accepted() -> None:

@@ -309,7 +309,7 @@ def test_evaluation_has_its_own_placement(poptorch: Any) -> None:
     expected = made.model.eval()(**made.example)
     blocks = [entry.to_json() for entry in entries]
     placement = Placement(made.model, blocks, made.plan.model.parameters, poptorch)
-    forward = DeviceForward(made.model, poptorch)
+    forward = DeviceForward(made.model, poptorch, flat)
     ipus: dict[bool, list[int]] = {}
     for inference in (True, False, True):  # a program that was made in between changes nothing
         options = make_options(flat, poptorch, inference=inference)

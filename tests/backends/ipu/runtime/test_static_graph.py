@@ -45,7 +45,7 @@ def test_a_static_graph_is_undone_after_an_error() -> None:
 
 def test_the_device_gets_tensors_only(poptorch: Any) -> None:
     model = _Cached()
-    forward = DeviceForward(model, poptorch)
+    forward = DeviceForward(model, poptorch, {"num_io_tiles": None})
     assert is_changed(model)
     x = torch.ones(1, 2)
     assert isinstance(model.train()(x), Tensor)
