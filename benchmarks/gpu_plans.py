@@ -17,7 +17,7 @@ from benchmarks.gpu_models import known_config
 from ipu_pipeline.backends.cluster.tune.search import tune
 from ipu_pipeline.backends.cluster.tune.space import GpuRequest
 from ipu_pipeline.backends.cluster.tune.text import as_json
-from ipu_pipeline.cli.tune_gpus import capturer
+from ipu_pipeline.cli.tune import gpu_capturer
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.machines import machine_by_name
 
@@ -44,7 +44,7 @@ def plans(names: Sequence[str], counts: Sequence[int], gpu: str) -> Iterator[dic
         with TemporaryDirectory() as folder:
             file = Path(folder) / "config.json"
             file.write_text(json.dumps({**MODELS[name], "max_position_embeddings": SEQ}))
-            identity, capture = capturer(str(file), None, SEQ, None, searched=True, fused=True)
+            identity, capture = gpu_capturer(str(file), None, SEQ, None, searched=True, fused=True)
             for count in counts:
                 row: dict[str, Any] = {"model": name, "gpus": count, "gpu": gpu}
                 request = GpuRequest(global_batch=GLOBAL_BATCH)

@@ -22,9 +22,8 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
-from ipu_pipeline.cli.dryrun import dryrun_command
-from ipu_pipeline.cli.launch import launch_command
-from ipu_pipeline.cli.layouts import export_command, import_command
+from ipu_pipeline.cli.launch import dryrun_command, launch_command
+from ipu_pipeline.cli.layouts import export_command, import_command, predict_command
 from ipu_pipeline.cli.options import (
     Force,
     IPUConfigName,
@@ -45,7 +44,6 @@ from ipu_pipeline.cli.options import (
     read_shares,
     save_plan,
 )
-from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.progress import LOGGER, progress_line
 from ipu_pipeline.cli.report import compare_command, report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command

@@ -28,15 +28,14 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
 from ipu_pipeline.planner.schedules.objective import Path
-from ipu_pipeline.planner.search.bottleneck import (
+from ipu_pipeline.planner.search.bottleneck import even_bound, search_tables
+from ipu_pipeline.planner.search.constraints import Constraints
+from ipu_pipeline.planner.search.from_graph import build_problem
+from ipu_pipeline.planner.search.ideal_program import (
     IdealProgram,
     OutOfTimeError,
     StagePositions,
-    even_bound,
-    search_tables,
 )
-from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
@@ -94,7 +93,7 @@ class Engine:
         groups = self.problem.together + self.problem.same_device
         slots = candidate.slots
         if candidate.shape.own_devices:
-            if self._least_bytes.always_fits(slots):
+            if candidate.rule is None and self._least_bytes.packs(slots, groups):
                 return True
             split = self._least_bytes.split(slots, candidate.rule, groups)
             return split is not None and split.fits(slots)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Path
-from ipu_pipeline.planner.search.bottleneck import (
+from ipu_pipeline.planner.search.ideal_program import (
     IdealProgram,
     OutOfTimeError,
     StagePositions,
