@@ -218,6 +218,7 @@ def _predict_layout(
     from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, own_plan
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
     from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
+    from ipu_pipeline.backends.cluster.prices.parallel_sizes import parts_named
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 
@@ -227,7 +228,7 @@ def _predict_layout(
     parsed.check()
     said = {name: value for name, value in settings.items() if value is not None}
     recompute = said.pop("recompute", "none")
-    parts = [] if recompute in ("none", "full") else recompute.split(",")
+    parts = [] if recompute in ("none", "full") else list(parts_named(recompute))
     given = GivenLayout(
         lambda graph: blocks_of(parsed, graph),
         {name: size for name, size in sizes.items() if size is not None},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -132,7 +133,7 @@ def tune_command(
         }  # fmt: skip
         settings = {"precision": precision and precision.value, "optimizer": optimizer,
                     "engine": engine}  # fmt: skip
-        capturer = partial(_gpu_capturer, model, task, seq_length)
+        capturer = partial(gpu_capturer, model, task, seq_length)
         _tune_gpus(capturer, described, fixed, settings, output, as_json=as_json)
         return
     asked = {
@@ -303,7 +304,7 @@ def _tune_gpus(
     """Search the sizes on GPUs, print the front and write the best plan.
 
     Args:
-        capturer: As :func:`_gpu_capturer`.
+        capturer: As :func:`gpu_capturer`.
         machine: GPUs.
         fixed: Fields of the request.
         named: Settings; those without a value are left to their defaults.
@@ -319,19 +320,30 @@ def _tune_gpus(
     given = {name: value for name, value in named.items() if value is not None}
     settings = GpuSettings.read({"engine": "megatron", **given})
     request = GpuRequest(**fixed, settings=settings)
-    identity, capture = capturer(named["precision"], searched=request.micro_batch is None)
+    identity, capture = capturer(
+        named["precision"],
+        searched=request.micro_batch is None,
+        fused=settings.engine == "megatron",
+    )
     with progress_bar() as shown:
         result = tune(capture, machine, request, identity, shown)
     typer.echo(json.dumps(figures(result), indent=1) if as_json else result_text(result))
     save_plan(result.best.plan, output, quiet=as_json)
 
 
-def _gpu_capturer(
-    model: str, task: str | None, seq_length: int, precision: str | None, *, searched: bool
+def gpu_capturer(
+    model: str,
+    task: str | None,
+    seq_length: int,
+    precision: str | None,
+    *,
+    searched: bool,
+    fused: bool,
 ) -> tuple[ModelIdentity, Callable[[int], BlockGraph]]:
     """Return what the plan remembers of the model, and what captures it for a micro batch.
 
-    Where the micro batch is searched, all follow from two that are captured.
+    Where the micro batch is searched, all follow from two that are captured. Attention with sinks
+    is one operation where the engine fuses it.
     """
     from ipu_pipeline.capture import capture, model_identity
     from ipu_pipeline.capture.from_config import (
@@ -341,6 +353,7 @@ def _gpu_capturer(
         in_dtype,
         on_meta,
     )
+    from ipu_pipeline.capture.patches import fused_sinks
     from ipu_pipeline.ir.micro_batches import extrapolated
 
     graphs: dict[int, BlockGraph] = {}
@@ -354,8 +367,10 @@ def _gpu_capturer(
 
     @cache
     def run(micro_batch: int) -> BlockGraph:
-        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
-        with config_named(model):
+        built, batch = from_config(
+            model, task, batch_size=micro_batch, seq_length=seq_length, padded=False
+        )
+        with config_named(model), fused_sinks(built) if fused else nullcontext():
             return capture(*in_dtype(built, batch, dtype_for(built, precision))).graph
 
     return model_identity(on_meta(model, task)), captured
