@@ -29,7 +29,11 @@ _SCHEDULES = (
     (r"gpipe|afab|all.forward", "gpipe"), (r"looped.?bfs|breadth", "looped_bfs"),
 )  # fmt: skip
 _IN_A_V = ("dualpipev", "zbv")
-_SEVERAL_STAGES = ("interleaved 1f1b", "zbv", "zb-v", "v-half", "v-min", "v-zb", "dualpipe")
+_SEVERAL_STAGES = r"(?<!non-)interleaved|zb.?v|v-half|v-min|v-zb|dualpipe"
+_PLAIN_SCHEDULES = r"1f1b|interleav|flush|fsdp|zero.?[0-3]|ddp|not stated"
+# How sources say that whole layers are recomputed, or that nothing is.
+_WHOLE_LAYERS = r"\bfull\b|(every|all) layer|^(true|yes|uniform)|activation (checkpoint|recomput)"
+_NO_RECOMPUTATION = r"^(no|none|false|off|without|0)\b"
 # torchtitan cuts its batch into as many microbatches as there are stages unless told otherwise.
 _TITAN = "torchtitan"
 _NOTHING = ("", "n/a", "na", "none", "null", "-", "not stated")
@@ -106,7 +110,7 @@ def read_row(raw: Raw) -> GpuRow:
         sizes=sizes,
         microbatches=count,
         precision=_precision(str(raw.get("precision") or "")),
-        schedule=_schedule(raw, sizes),
+        schedule=_schedule(raw, sizes, assumptions),
         assumptions=tuple(assumptions),
     )
 
@@ -125,7 +129,7 @@ def machine_of(gpu: str) -> str:
 
 def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
     one = {key: number(raw, key) or 1 for key in ("tp", "pp", "cp", "ep", "vpp")}
-    if number(raw, "vpp") is None and any(word in _words(raw) for word in _SEVERAL_STAGES):
+    if number(raw, "vpp") is None and re.search(_SEVERAL_STAGES, _words(raw)):
         one["vpp"] = 2
         assumptions.append("stages of a rank are not stated: 2, the least that interleave")
     ranks = one["tp"] * one["pp"] * one["cp"]
@@ -139,7 +143,7 @@ def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
         return ParallelSizes(
             **one,
             dp=dp,
-            zero_stage=1,
+            zero_stage=_zero_stage(raw, one["pp"]),
             micro_batch=_micro_batch(raw, one["pp"] * one["vpp"], dp, assumptions),
             recompute=_recompute(raw.get("recompute")),
         )
@@ -147,11 +151,25 @@ def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
         raise UnjudgedRowError(str(error)) from error
 
 
+def _zero_stage(raw: Raw, pp: int) -> int:
+    """Stage 1, as Megatron; as stated; FSDP without a pipeline gathers weights, too."""
+    text = " ".join(str(raw.get(key)) for key in ("schedule", "split", "recompute", "note")).lower()
+    stated = re.search(r"zero[-_ ]?(?:stage[-_ ]?)?([0-3])", text)
+    if stated:
+        return int(stated[1])
+    return 3 if "fsdp" in text and pp == 1 else 1
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field says nothing."""
+    return value is None or str(value).strip().lower() in _NOTHING
+
+
 def number(raw: Raw, key: str) -> int | None:
     """Return a whole number, however it is spelled; ``None`` where the source has none."""
-    text = str(raw.get(key) if raw.get(key) is not None else "").replace(",", "").strip()
-    if text.lower() in _NOTHING:
+    if is_nothing(raw.get(key)):
         return None
+    text = str(raw[key]).replace(",", "").strip()
     try:
         found = float(text)
     except ValueError:
@@ -208,24 +226,33 @@ def _recompute(given: Any) -> tuple[str, ...]:
             return ("full",)
     else:
         modules = str(given or "").lower()
-        if modules.startswith(("full", "every layer", "all layers", "true", "yes")):
+        if re.search(_NO_RECOMPUTATION, modules):
+            return ()
+        if re.search(_WHOLE_LAYERS, modules) and "selective" not in modules:
             return ("full",)
     return tuple(part for part, words in _PARTS.items() if re.search(words, modules))
 
 
 def _precision(text: str) -> str:
     lower = text.lower()
+    if re.search(r"32|64|int", lower) and not re.search(r"16|8\b|4\b|mixed", lower):
+        raise UnjudgedRowError(f"precision {text!r} has no price here")
     if re.search(r"(fp|float|nvfp|mxfp)_?4", lower):
         return "float4"
     return "float8" if re.search(r"(fp|float)_?8|e4m3|hybrid", lower) else "bfloat16"
 
 
-def _schedule(raw: Raw, sizes: ParallelSizes) -> str:
+def _schedule(raw: Raw, sizes: ParallelSizes, assumptions: list[str]) -> str:
     text = _words(raw)
+    if sizes.pp * sizes.vpp == 1:
+        return "1f1b"
     for pattern, name in _SCHEDULES:
         if re.search(pattern, text) and (name not in _IN_A_V or sizes.vpp == 2):
             return name
-    return "interleaved" if sizes.vpp > 1 else "1f1b"
+    found = "interleaved" if sizes.vpp > 1 else "1f1b"
+    if not is_nothing(text) and not re.search(_PLAIN_SCHEDULES, text):
+        assumptions.append(f"schedule {text!r} has no price here: {found}")
+    return found
 
 
 def measured_s(row: GpuRow, flops: float, peak_flops_per_s: float) -> float:

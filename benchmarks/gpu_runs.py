@@ -17,6 +17,7 @@ from benchmarks.gpu_rows import (
     UnjudgedRowError,
     chunks_of,
     chunks_of_layout,
+    is_nothing,
     measured_s,
     read_row,
 )
@@ -45,6 +46,7 @@ _RESERVED = {"torchtitan": 1.3}
 # What a recipe that did not fit may have done besides, from the cheapest on. The recipes of hosts
 # that are linked with their GPUs by NVLink offload activations before they recompute layers.
 LATER_RECIPE = "it does not fit with a later commit's recipe"
+UNSTATED_RECIPE = "its recomputation is not stated, and it does not fit without"
 _CHEAPER = (("mla_up_proj",), ("mla_up_proj", "moe_act"))
 _NEAR_HOSTS = ("gh200", "gb200", "gb300")
 _OFFLOADED = 0.5
@@ -202,10 +204,12 @@ class Run:
     def fitting(self) -> Run:
         """Return a run whose recomputation was not published as one that fits, if there is one.
 
-        A row that takes it from the recipe of a later commit ran, whatever that recipe says: the
-        cheapest that fits is taken, and said.
+        A row that takes it from the recipe of a later commit, or says nothing of it, ran all the
+        same: the cheapest that fits is taken, and said.
         """
-        if self.fits() or not isinstance(self.row.raw.get("recompute"), Mapping):
+        stated = self.row.raw.get("recompute")
+        silent = stated is None or (is_nothing(stated) and stated != "none")
+        if self.fits() or not (isinstance(stated, Mapping) or silent):
             return self
         tried = [self._with(parts, 1.0) for parts in _CHEAPER]
         if self.row.machine.startswith(_NEAR_HOSTS):
@@ -215,7 +219,8 @@ class Run:
 
     def _with(self, parts: tuple[str, ...], on_device: float) -> Run:
         what = " and ".join(parts) + " recomputed" if parts else "half of the activations offloaded"
-        taken = (*self.row.assumptions, f"{LATER_RECIPE}: {what}")
+        said = LATER_RECIPE if self.row.raw.get("recompute") else UNSTATED_RECIPE
+        taken = (*self.row.assumptions, f"{said}: {what}")
         recompute = ("full",) if "full" in parts else (*self.row.sizes.recompute, *parts)
         sizes = replace(self.row.sizes, recompute=recompute)
         row = replace(self.row, sizes=sizes, assumptions=taken)

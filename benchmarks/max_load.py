@@ -17,19 +17,17 @@ import numpy as np
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.schedules.objective import StagePrice
-from ipu_pipeline.planner.search.bottleneck import (
-    Bools,
-    BottleneckSearch,
-    Combine,
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, search_tables
+from ipu_pipeline.planner.search.ideal_program import (
     IdealProgram,
     IdealTable,
     StagePositions,
     State,
-    search_tables,
 )
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
 from ipu_pipeline.planner.search.problem import Problem, Slot, Value, bits, closure, mask_of
 from ipu_pipeline.planner.search.stage_costs import (
+    Bools,
     Floats,
     Ints,
     StageCosts,
@@ -269,6 +267,8 @@ class MaxLoadSearch(BottleneckSearch):
 
     rows: DirectCosts
     layout: HostedPositions
+    program = HostedProgram
+    _tight = False  # stages on host cores are not counted ahead
 
     def at_once(self) -> float:
         """Bound without a search; a host core is worth part of a device."""
@@ -302,11 +302,6 @@ class MaxLoadSearch(BottleneckSearch):
     def _even_s(self) -> float:
         devices = max(self.depths) + self.layout.hosts
         return self._work_s() / max(slot.speed for slot in self.layout.slots) / devices
-
-    def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> HostedTable:
-        made = HostedProgram(self.rows, self.layout, combine, limit, depths, self.deadline).run()
-        assert isinstance(made, HostedTable)
-        return made
 
     def _offer_all(self, table: IdealTable) -> None:
         assert isinstance(table, HostedTable)

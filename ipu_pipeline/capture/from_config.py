@@ -57,6 +57,7 @@ def from_config(
     seq_length: int = 128,
     device: str = "meta",
     seed: int = 0,
+    padded: bool = True,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Build a model in training mode and a batch with labels for it.
 
@@ -68,6 +69,8 @@ def from_config(
             size that the config says.
         device: ``meta`` for shapes only, ``cpu`` for seeded values.
         seed: Seed of the weights and of the batch.
+        padded: Whether texts come with a mask of padding; without one, attention of decoders is
+            causal to its kernels, which leave half of it out.
 
     Returns:
         The model and the keyword arguments of its forward; ``model(**batch)`` has a ``loss``.
@@ -81,7 +84,10 @@ def from_config(
     try:
         model = build_model(resolved, task, device=device, seed=seed)
         size = BatchSize(batch_size, seq_length)
-        return model, example_batch(model, task, size, device=device, seed=seed)
+        batch = example_batch(model, task, size, device=device, seed=seed)
+        if not padded and set(batch) == {"input_ids", "attention_mask", "labels"}:
+            del batch["attention_mask"]
+        return model, batch
     except ValueError as error:
         raise ValueError(f"{described(resolved)}: {error}") from error
 

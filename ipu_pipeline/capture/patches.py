@@ -70,6 +70,35 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def fused_sinks(model: nn.Module) -> Iterator[None]:
+    """Let attention with sinks, which transformers writes out, be one operation as in GPU kernels.
+
+    For prices only: the sinks, one number a head, are left out.
+    """
+    module = sys.modules[type(model).__module__]
+    plain = getattr(module, "eager_attention_forward", None)
+    if plain is None or getattr(model, "_supports_sdpa", True):
+        yield
+        return
+    with mock.patch.object(
+        module, "eager_attention_forward", functools.partial(_without_sinks, plain)
+    ):
+        yield
+
+
+def _without_sinks(plain: Any, layer: nn.Module, *tensors: Any, **named: Any) -> Any:
+    if not hasattr(layer, "sinks"):
+        return plain(layer, *tensors, **named)
+    query, key, value, mask = tensors
+    windowed = named.get("sliding_window") is not None
+    found = functional.scaled_dot_product_attention(
+        query, key, value, mask if windowed else None, is_causal=not windowed,
+        scale=named["scaling"], enable_gqa=True,
+    )  # fmt: skip
+    return found.transpose(1, 2).contiguous(), None
+
+
 def original_model(model: nn.Module) -> nn.Module:
     """Return the model that ``torch.compile`` wrapped, or ``model`` itself."""
     found = getattr(model, "_orig_mod", model)

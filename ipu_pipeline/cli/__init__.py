@@ -22,9 +22,8 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
-from ipu_pipeline.cli.dryrun import dryrun_command
-from ipu_pipeline.cli.launch import launch_command
-from ipu_pipeline.cli.layouts import export_command, import_command
+from ipu_pipeline.cli.launch import dryrun_command, launch_command
+from ipu_pipeline.cli.layouts import export_command, import_command, predict_command
 from ipu_pipeline.cli.options import (
     Force,
     IPUConfigName,
@@ -40,11 +39,11 @@ from ipu_pipeline.cli.options import (
     Tp,
     counted,
     gpu_settings,
+    has_kernels,
     read_ipu_config,
     read_shares,
     save_plan,
 )
-from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.progress import LOGGER, progress_line
 from ipu_pipeline.cli.report import compare_command, report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
@@ -209,6 +208,7 @@ def plan_command(
                 batch_size=micro_batch,
                 seq_length=seq_length,
                 device="cpu" if costs is Costs.profiled else "meta",
+                padded=not has_kernels(machine),
             ),
             machine=machine,
             num_stages=num_stages,

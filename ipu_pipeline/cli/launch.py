@@ -1,23 +1,25 @@
-"""The command ``launch``: start a script in the processes of a plan."""
+"""The processes of a plan: ``launch`` starts a script in them, ``dryrun`` plays one rank."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import Force, PlanFile, counted
+from ipu_pipeline.cli.options import Force, JsonOption, PlanFile, TaskOption, counted
 from ipu_pipeline.ir.limits import count_of
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
-    from ipu_pipeline.backends.ipu.poprun import PopRun
+    from ipu_pipeline.ir.plan import Plan
 
 
 Program = Annotated[
@@ -83,7 +85,6 @@ def launch_command(
     of its bundle as the script.
     """
     from ipu_pipeline.backends.cluster.launch.spec import check_program, make_spec
-    from ipu_pipeline.backends.ipu.poprun import make_poprun
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
@@ -94,14 +95,12 @@ def launch_command(
     _check_where(log_dir, endpoint, here=here, print_only=print_only)
     plan = Plan.load(plan_file)
     started = check_program(program, Path.cwd(), here=here)
-    name = f"ipu-pipeline-{plan.model.model_class}"
     if backend_of(plan.machine).target == "poptorch":
         others = {"--schedule": schedule, "--threads": threads, "--max-restarts": max_restarts,
                   "--gpus-per-node": gpus_per_node, "--machine": machine,
                   "--rdzv-endpoint": endpoint}  # fmt: skip
         _refuse_for_ipus([flag for flag, value in others.items() if value], here=here)
-        run = make_poprun(plan, started, instances=processes, hosts=nodes)
-        _print_poprun(run, slurm, name, print_only=print_only)
+        _print_poprun(plan, started, processes, nodes, slurm, print_only=print_only)
         return
     cores, gpus = _room() if here else (0, 0)
     spec = make_spec(
@@ -114,13 +113,9 @@ def launch_command(
     if here:
         _start(spec, cores, gpus, log_dir)
     if print_only:
-        _print(
-            spec,
-            f"ipu-pipeline-{plan.digest()}",
-            socket.gethostname() if endpoint is None else endpoint,
-        )
+        _print(spec, plan, endpoint)
     if slurm is not None:
-        _write_slurm_file(spec, name, slurm)
+        _write_slurm_file(spec, plan, slurm)
 
 
 def _check_where(
@@ -153,17 +148,24 @@ def _refuse_for_ipus(given: list[str], *, here: bool) -> None:
         )
 
 
-def _print_poprun(run: PopRun, slurm: Path | None, name: str, *, print_only: bool) -> None:
-    from ipu_pipeline.backends.ipu.poprun import command_text, slurm_text
+def _print_poprun(
+    plan: Plan, started: Sequence[str], processes: int | None, nodes: int | None,
+    slurm: Path | None, *, print_only: bool,
+) -> None:  # fmt: skip
+    from ipu_pipeline.backends.ipu.poprun import command_text, make_poprun, slurm_text
     from ipu_pipeline.ir.files import write_text
 
-    folder = Path.cwd()
+    run, folder = make_poprun(plan, started, instances=processes, hosts=nodes), Path.cwd()
     if print_only:
         typer.echo(command_text(run, python="python", folder=folder))
     if slurm is not None:
-        write_text(slurm, slurm_text(run, python="python", folder=folder, name=name))
+        write_text(slurm, slurm_text(run, python="python", folder=folder, name=_name(plan)))
         typer.echo(f"Slurm file written to {slurm}: {count_of(run.instances, 'process')} on "
                    f"{run.num_hosts} node(s)")  # fmt: skip
+
+
+def _name(plan: Plan) -> str:
+    return f"ipu-pipeline-{plan.model.model_class}"
 
 
 def _room() -> tuple[int, int]:
@@ -188,22 +190,51 @@ def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> Non
         raise typer.Exit(code)
 
 
-def _print(spec: LaunchSpec, run_id: str, endpoint: str) -> None:
+def _print(spec: LaunchSpec, plan: Plan, endpoint: str | None) -> None:
     from ipu_pipeline.backends.cluster.launch.torchrun import node_command
 
-    folder = Path.cwd()
     typer.echo(
-        node_command(spec, python=sys.executable, folder=folder, run_id=run_id, endpoint=endpoint)
-    )
+        node_command(
+            spec, python=sys.executable, folder=Path.cwd(),
+            run_id=f"ipu-pipeline-{plan.digest()}",
+            endpoint=socket.gethostname() if endpoint is None else endpoint,
+        )
+    )  # fmt: skip
 
 
-def _write_slurm_file(spec: LaunchSpec, name: str, file: Path) -> None:
+def _write_slurm_file(spec: LaunchSpec, plan: Plan, file: Path) -> None:
     from ipu_pipeline.backends.cluster.launch.torchrun import slurm_file
     from ipu_pipeline.ir.files import write_text
 
-    text = slurm_file(spec, python=sys.executable, folder=Path.cwd(), name=name)
+    text = slurm_file(spec, python=sys.executable, folder=Path.cwd(), name=_name(plan))
     write_text(file, text)
     typer.echo(
         f"Slurm file written to {file}: {spec.described} on {spec.num_nodes} node(s)\n"
         f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(file))}"
     )
+
+
+def dryrun_command(
+    plan_file: PlanFile,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Its config, as given to plan; default: only messages."),
+    ] = None,
+    task: TaskOption = None,
+    rank: Annotated[
+        int, counted("--rank", "num_devices", "Of replica x pipeline x tp, tp fastest.", 0)
+    ] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the messages of all ranks, and play one rank: its memory, collectives, messages."""
+    from ipu_pipeline.backends.cluster.dryrun.report import dry_run, model_of
+    from ipu_pipeline.cli.progress import progress_line
+    from ipu_pipeline.ir.plan import Plan
+
+    plan = Plan.load(plan_file)
+    with progress_line():
+        given = () if model is None else model_of(plan, model, task)
+        found = dry_run(plan, rank, *given)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.text())
+    if found.messages.problem:
+        raise typer.Exit(1)

@@ -130,18 +130,21 @@ def read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> I
     return config.apply_overrides(overrides).for_pod(pod_type)
 
 
+def has_kernels(machine: str) -> bool:
+    """Whether a machine has GPUs with known kernels."""
+    from ipu_pipeline.planner.backend import backend_names, find_machine
+
+    return machine not in backend_names() and bool(find_machine(machine, None).devices[0].kernels)
+
+
 def gpu_settings(machine: str, **given: Any) -> dict[str, Any]:
     """Return the options of GPUs that were given, as settings of a plan.
 
     Raises:
         ValueError: They were, and the machine has no GPUs with known kernels.
     """
-    from ipu_pipeline.planner.backend import backend_names, find_machine
-
     found = {name: value for name, value in given.items() if value is not None}
-    if found and (
-        machine in backend_names() or find_machine(machine, None).devices[0].kernels is None
-    ):
+    if found and not has_kernels(machine):
         raise ValueError(
             f"--{next(iter(found))} is for GPUs with known kernels, such as h100-x64, and "
             f"{machine} has none; leave it out"

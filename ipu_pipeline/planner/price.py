@@ -111,17 +111,12 @@ def check_runs(plan: Plan) -> None:
     wrong = schedule_problem(plan.machine, plan.schedule)
     if wrong:
         raise PlanError(wrong)
-    devices = [stage.device for stage in plan.stages]
-    training, have = plan.graph.training, len(plan.machine.devices)
-    shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=training,
-        spread=spread_stages(plan),
-    )  # fmt: skip
+    shape, have = shape_of(plan), len(plan.machine.devices)
     wrong = schedule_kind(plan.schedule).problem(shape)
-    needed = len(set(devices)) * plan.replicas
+    needed = shape.num_devices * plan.replicas
     if not wrong and needed > have:
         wrong = (
-            f"{count_of(plan.replicas, 'replica')} of {count_of(len(set(devices)), 'device')} need "
+            f"{count_of(plan.replicas, 'replica')} of {count_of(shape.num_devices, 'device')} need "
             f"{count_of(needed, 'device')}, {plan.machine.name} has {have}; lower replicas"
         )
     if wrong:
@@ -248,13 +243,8 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
     found = price_stages(plan, costs)
     if splits_backward:
         found = found.halved()
-    loads = found.loads
-    devices = [load.device for load in loads]
-    shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training,
-        spread=spread_stages(plan),
-    )  # fmt: skip
-    passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.price for load in loads])
+    loads, kind = found.loads, schedule_kind(plan.schedule)
+    passes_s = step_seconds(kind, shape_of(plan), [load.price for load in loads])
     by_device: Counter[int] = Counter()
     for load, seconds in zip(loads, found.once_s, strict=True):
         by_device[load.device] += seconds  # type: ignore[assignment]
@@ -267,6 +257,15 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         binding=found.split.binding,
         recompute=tuple(stage.recompute for stage in found.split.stages),
         source=costs.source,
+    )
+
+
+def shape_of(plan: Plan) -> PipelineShape:
+    """Return what a plan's schedule is asked to run."""
+    devices = [stage.device for stage in plan.stages]
+    training, spread = plan.graph.training, spread_stages(plan)
+    return PipelineShape.of(
+        plan.num_stages, plan.num_microbatches, devices, training=training, spread=spread
     )
 
 

@@ -56,6 +56,7 @@ def test_what_is_no_layout_has_no_stages() -> None:
         ({"ep": 3}, "ep 3 does not divide the 4 ranks"),
         ({"seq": None}, "the sequence length is not stated"),
         ({"layers": 1, "pp": 4, "gpus": 8}, "1 layers are less than its 4 stages"),
+        ({"precision": "fp32"}, "precision 'fp32' has no price here"),
         ({"heads": 7}, "hidden 1024 does not divide into 7 heads"),
         ({"layers": None}, "model 'GPT 1B' .* is not known here and the row gives no sizes"),
         ({"tp": "two"}, "tp is 'two', which is no number"),
@@ -113,6 +114,13 @@ def test_seconds_come_from_whatever_was_published() -> None:
         ({"gpus": "1,024", "tp": 2.0, "vpp": "n/a", "global_batch": "2,048"}, {"dp": 256}),
         ({"gpu": "AMD Instinct MI300X 192 GB"}, {"machine": "mi300x-x8"}),
         ({"gpu": "NVIDIA GH200 96GB"}, {"machine": "gh200-x8"}),
+        ({"recompute": "AC full"}, {"recompute": ("full",)}),
+        ({"recompute": "no activation checkpointing"}, {"recompute": ()}),
+        ({"schedule": "interleaved-1F1B"}, {"vpp": 2}),
+        ({"schedule": "GPipe", "pp": 1}, {"schedule": "1f1b"}),
+        ({"note": "DeepSpeed ZeRO-2"}, {"zero_stage": 2}),
+        ({"schedule": "FSDP2", "pp": 1}, {"zero_stage": 3}),
+        ({"schedule": "1F1B with FSDP"}, {"zero_stage": 1}),
     ],
 )
 def test_rows_are_read_however_the_format_allows(
@@ -176,12 +184,14 @@ def test_a_later_recipe_that_does_not_fit_is_not_what_ran() -> None:
            "global_batch": 128}  # fmt: skip
     gb = {"gpu": "GB300", "micro_batch": 16}
     stated = read_run({**big, "gpu": "H100"})
+    silent = read_run({**big, "gpu": "H100", "recompute": None})
     h100, gb300 = (
         read_run({**big, "recompute": RECIPE, **change}) for change in ({"gpu": "H100"}, gb)
     )
     assert not stated.fits()
     assert stated.row.sizes.recompute == ()
-    assert h100.row.sizes.recompute == ("full",)
+    assert h100.row.sizes.recompute == silent.row.sizes.recompute == ("full",)
+    assert "its recomputation is not stated" in silent.row.assumptions[-1]
     assert "a later commit's recipe: full recomputed" in h100.row.assumptions[-1]
     assert gb300.fits()
     assert gb300.on_device == 0.5
@@ -211,6 +221,8 @@ def test_a_layout_of_another_number_of_stages_is_an_assumption() -> None:
     run = read_run({**ROW, "split": "Et*2|t*2|t*2L"})
     assert [chunk.layers for chunk in run.chunks] == [3, 3]
     assert "its layout is of another model or number of stages" in run.row.assumptions[0]
+    hanayo = read_row({**ROW, "schedule": "Hanayo"})
+    assert hanayo.assumptions == ("schedule 'hanayo' has no price here: 1f1b",)
     one = {**ROW, "pp": 1, "dp": 4, "split": "layers moved by estimated compute"}
     assert [chunk.layers for chunk in read_run(one).chunks] == [6]
 

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.fused import grouped_without_values
+from ipu_pipeline.capture.patches import fused_sinks
+from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import Block
 from tests.later import every_second
 
@@ -83,6 +85,20 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(family: str, experts: str) ->
     planned = next(block for block in blocks(model, inputs) if block.module == "model.layers.0")
     real = kept_bytes(model, inputs, model.model.layers[0])
     assert planned.saved_bytes == pytest.approx(real, rel=0.1)
+
+
+def test_attention_with_sinks_is_one_operation_for_prices() -> None:
+    model, inputs = build("GptOss", "meta", sliding_window=8)
+    plain = blocks(model, inputs)
+    with fused_sinks(model):
+        fused = blocks(model, inputs)
+    for one, other, window in zip(plain[1:3], fused[1:3], (8, 48), strict=True):
+        assert not any(map(is_attention, (*one.forward_ops, *one.backward_ops)))
+        (attention,) = filter(is_attention, other.forward_ops)
+        assert attention.shapes[3] == (48, window)
+        assert other.saved_bytes < one.saved_bytes
+    with fused_sinks(build("Mixtral", "meta")[0]):
+        assert blocks(model, inputs) == plain  # other models are left alone
 
 
 @pytest.mark.parametrize("family", every_second(FAMILIES))

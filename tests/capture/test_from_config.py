@@ -84,6 +84,12 @@ def test_text_batch_has_padding_and_labels_inside_the_text() -> None:
     assert batch["token_type_ids"].unique().tolist() == [0, 1]
 
 
+def test_full_sequences_come_without_a_mask() -> None:
+    config = transformers.LlamaConfig(**ENCODER, architectures=["LlamaForCausalLM"])
+    assert set(from_config(config, seq_length=16, padded=False)[1]) == {"input_ids", "labels"}
+    assert "attention_mask" in from_config(config, seq_length=16)[1]
+
+
 def test_single_row_is_padded_too() -> None:
     _, batch = TINY["bert-qa"].build(batch_size=1, seq_length=16)
     assert batch["attention_mask"].sum().item() == 12

@@ -59,6 +59,15 @@ def _function_apply() -> Any:
 
 PATCHES = (
     Patch(
+        "transformers.models.gpt_oss.modeling_gpt_oss.eager_attention_forward",
+        "attention with sinks is priced as one operation",
+        "transformers 5.23",
+        lambda: (
+            import_module("transformers.models.gpt_oss.modeling_gpt_oss").eager_attention_forward
+        ),
+        ("module", "query", "key", "value", "attention_mask", "scaling"),
+    ),
+    Patch(
         "torch.random.default_generator",
         "a model that seeds torch in its forward pass is refused",
         "torch 2.13",

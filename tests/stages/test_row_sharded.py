@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.errors import LoweringError, StageError
-from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
+from ipu_pipeline.planner.passes.annotations import SerializeEmbedding
 from tests.later import in_turn
 from tests.stages.models import (
     MICROBATCHES,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,12 @@ def made(name: str, folder: str, *, pipeline: bool, **changes: Any) -> Any:
     )  # fmt: skip
     more = {k: v() if k in ("ref_model", "peft_config") else v for k, v in more.items()}
     data = datasets.Dataset.from_list(copy.deepcopy(rows))
+    if "precompute_ref_log_probs" in config:  # TRL shares them between processes beside a file
+        kept, new = Path(folder) / "rows", tempfile.mkdtemp(dir=folder)
+        data.save_to_disk(new)
+        with contextlib.suppress(OSError):  # another process was here before
+            Path(new).rename(kept)
+        data = datasets.load_from_disk(kept)
     return own(
         model=model, args=args, train_dataset=data, eval_dataset=data.select(range(5)),
         processing_class=tokenizer(), **more, **({"num_stages": 2} if pipeline else {}),

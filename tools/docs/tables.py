@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ipu_pipeline import cli, errors
 from ipu_pipeline.backends.ipu.config.presets import preset_names
 from ipu_pipeline.ir import machines
 from ipu_pipeline.ir.limits import LIMITS
-from ipu_pipeline.planner.passes.manager import available_passes
+from ipu_pipeline.planner.passes.manager import PASSES, Pass
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
 from ipu_pipeline.train.trainer_checks import refusals
 
@@ -75,17 +74,17 @@ def _machines() -> str:
 
 
 def _passes() -> str:
-    def row(name: str) -> str:
-        module = import_module(f"ipu_pipeline.planner.passes.{name}")
+    def row(kind: type[Pass]) -> str:
         options = [
             f"`{item.name}`" + ("" if item.default is MISSING else f" (default `{item.default}`)")
-            for item in fields(module.PASS)
+            for item in fields(kind)
         ]
-        first = inspect.getdoc(module)
+        first = inspect.getdoc(kind)
         assert first is not None
-        return f"| `{name}` | {first.splitlines()[0]} | {', '.join(options)} |"
+        return f"| `{kind.name}` | {first.splitlines()[0]} | {', '.join(options)} |"
 
-    return _table("pass | what it does | options", map(row, available_passes()))
+    known = sorted(PASSES, key=lambda kind: kind.name)
+    return _table("pass | what it does | options", map(row, known))
 
 
 def _limits() -> str:

@@ -160,7 +160,9 @@ class RankProgram(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch."""
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self._with_numbers(args[1]), *args[2:])
         found: dict[int, PlacedTensor] = {}
         held: list[PlacedTensor] = []
         for tensor in _tensors((args, kwargs)):
@@ -172,7 +174,6 @@ class RankProgram(TorchFunctionMode):
                 held.append(made)
         if not found:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         if name == "__get__":
             attribute = getattr(func.__self__, "__name__", "")
             if attribute not in _TENSOR_ATTRIBUTES:
@@ -209,6 +210,14 @@ class RankProgram(TorchFunctionMode):
             return self._free(result)
         hidden = [tensor for tensor in found.values() if id(tensor) not in map(id, held)]
         return self._wrapped(result, where, hidden)
+
+    def _with_numbers(self, index: Any) -> Any:
+        """Return an index whose slices end at numbers that all ranks know."""
+        if isinstance(index, slice):
+            ends = (index.start, index.stop, index.step)
+            return slice(*(int(self.everywhere(end)) if type(end) is PlacedTensor else end
+                           for end in ends))  # fmt: skip
+        return tuple(map(self._with_numbers, index)) if isinstance(index, tuple) else index
 
     def _refuse(self, name: str, kwargs: Any, changed: Any) -> None:
         if kwargs.get("out") is not None or (changed is not None and name in _RESHAPING):

@@ -36,7 +36,7 @@ from ipu_pipeline.backends.cluster.row_slices import RowPlan, RowSlices
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops.autocast import autocast_dtype
-from ipu_pipeline.planner.schedules.vocabulary import MOST_KEPT
+from ipu_pipeline.planner.schedules.rows import MOST_KEPT
 from ipu_pipeline.stages.tables import TableCalls
 from ipu_pipeline.stages.vocabulary import (
     SoftmaxPart,

@@ -2,5 +2,5 @@
 
 A pass is a frozen dataclass; its options are its fields, and its text form shows them:
 ``serialize_embedding{factor=4}``. A pass decides; a backend acts on what it wrote into the plan.
-One file is one pass; ``base.py`` holds what passes share, ``manager.py`` finds and runs them.
+``annotations.py`` holds those of the package, ``manager.py`` finds and runs them.
 """

@@ -1,38 +1,56 @@
 """Passes by name, their text form, their order, and the manager that runs them.
 
-A pass is found by its file in this folder (``PASS``, whose ``name`` is that of the file) or by an
-entry point of the group ``ipu_pipeline.passes`` that gives the class. The text form is
-``name{option=value,list=[a,b]},other``; a word with marks of the form in it, such as the pattern
-``layer.[0-2]``, stands in single quotes.
+A pass is one of :data:`PASSES`, or a class that an entry point of the group
+``ipu_pipeline.passes`` gives. The text form is ``name{option=value,list=[a,b]},other``; a word with
+marks of the form in it, such as the pattern ``layer.[0-2]``, stands in single quotes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ipu_pipeline.errors import PlanError, VerifyError
 from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.planner.passes.base import Pass
+from ipu_pipeline.planner.passes.annotations import (
+    Offload,
+    Recompute,
+    SerializeEmbedding,
+    SerializeProjection,
+)
+
+T = TypeVar("T")
+
+
+class Pass(Protocol):
+    """One decision about how blocks run; a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def run(self, plan: Plan) -> Plan:
+        """Return ``plan`` with this pass's annotations; running it again changes nothing."""
+        ...
+
 
 GROUP = "ipu_pipeline.passes"
-ORDER = (
+# In the order in which they run.
+PASSES: tuple[type[Pass], ...] = (
     # Where a table is decides which stages hold it, so it comes before all that counts bytes.
-    "serialize_embedding",
+    SerializeEmbedding,
     # A projection may share its table with a lookup; it is cut once the lookup's slices are known.
-    "serialize_projection",
+    SerializeProjection,
     # Last: a head fused with the loss keeps no logits, so there is less to recompute.
-    "recompute",
+    Recompute,
     # It changes no bytes that another one counts.
-    "offload",
+    Offload,
 )
-_OWN = ("__init__", "base", "manager")
+ORDER = tuple(one.name for one in PASSES)
 _TOKEN = re.compile(r"\s*([{}\[\],=]|'[^']*'|[^\s{}\[\],=]+)")
 _MARKS = frozenset("{}[],=")
 
@@ -79,15 +97,12 @@ class PassManager:
 
 def in_default_order(passes: Iterable[Pass]) -> tuple[Pass, ...]:
     """Return ``passes`` as ``ORDER`` says; equal names, and names it lacks, stay as given."""
-    place = {name: position for position, name in enumerate(ORDER)}
-    return tuple(sorted(passes, key=lambda one: place.get(one.name, len(ORDER))))
+    return tuple(sorted(passes, key=lambda one: [*ORDER, one.name].index(one.name)))
 
 
 def available_passes() -> tuple[str, ...]:
-    """Return the names of all passes, without importing one."""
-    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
-    own = [name for name in files if name not in _OWN]
-    return tuple(dict.fromkeys([*own, *(point.name for point in installed(GROUP))]))
+    """Return the names of all passes; of those from outside without importing one."""
+    return tuple(dict.fromkeys([*sorted(ORDER), *(point.name for point in installed(GROUP))]))
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -98,11 +113,9 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     """
     if name not in available_passes():
         raise ValueError(f"unknown pass {name!r}; passes: {', '.join(available_passes())}")
-    points = (point for point in installed(GROUP) if point.name == name)
-    if (Path(__file__).parent / f"{name}.py").is_file():
-        kind = import_module(f"{__package__}.{name}").PASS
-    else:
-        kind = next(points).load()
+    kind = next((one for one in PASSES if one.name == name), None) or next(
+        point.load() for point in installed(GROUP) if point.name == name
+    )
     known = [item.name for item in fields(kind)]
     unknown = [key for key in options if key not in known]
     if unknown:
@@ -134,28 +147,57 @@ def pass_text(one: Pass) -> str:
     return f"{one.name}{{{options}}}" if given else one.name
 
 
-@dataclass
 class _Reader:
-    """Tokens of one text, and how far it was read."""
+    """What is left of the tokens of one text."""
 
-    text: str
-    tokens: list[str]
-    position: int = 0
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._left: deque[str] = deque(_TOKEN.findall(text))
 
-    def peek(self) -> str:
-        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+    @property
+    def next(self) -> str:
+        """The next token; empty at the end."""
+        return self._left[0] if self._left else ""
 
     def take(self, *wanted: str) -> str:
         """Return the next token, which must be one of ``wanted``, or a word without it."""
-        token = self.peek()
+        token = self.next
         if (token not in wanted) if wanted else (not token or token in _MARKS):
             expected = " or ".join(wanted) if wanted else "a word"
             raise ValueError(
                 f"passes {self.text!r}: expected {expected}, found {token or 'the end'!r}; the "
                 "form is name{option=value,list=[a,b]},name"
             )
-        self.position += 1
-        return token
+        return self._left.popleft()
+
+    def between(self, begin: str, end: str, one: Callable[[], T]) -> list[T]:
+        """Return what ``one`` reads, again and again, with commas between, up to ``end``."""
+        self.take(begin)
+        found = []
+        while self.next != end:
+            found.append(one())
+            if self.next != end:
+                self.take(",", end)
+        self.take(end)
+        return found
+
+    def one_pass(self) -> tuple[str, dict[str, Any]]:
+        """Return a name with its options."""
+        name = self.take()
+        pairs = self.between("{", "}", self._option) if self.next == "{" else []
+        options = dict(pairs)
+        if len(options) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"passes {self.text!r}: {name} is given {twice} twice")
+        return name, options
+
+    def _option(self) -> tuple[str, Any]:
+        key = self.take()
+        self.take("=")
+        if self.next == "[":
+            return key, tuple(self.between("[", "]", lambda: _scalar(self.take())))
+        return key, _scalar(self.take())
 
 
 def parse_passes(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -164,43 +206,13 @@ def parse_passes(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: The text has another form, or an option is given twice.
     """
-    if not text.strip():
-        return []
-    reader = _Reader(text, _TOKEN.findall(text))
-    found = [_one(reader)]
-    while reader.peek():
-        reader.take(",")
-        found.append(_one(reader))
-    return found
-
-
-def _one(reader: _Reader) -> tuple[str, dict[str, Any]]:
-    name, options = reader.take(), {}
-    if reader.peek() == "{":
-        reader.take("{")
-        while reader.peek() != "}":
-            key = reader.take()
-            if key in options:
-                raise ValueError(f"passes {reader.text!r}: {name} is given {key} twice")
-            reader.take("=")
-            options[key] = _value(reader)
-            if reader.peek() != "}":
-                reader.take(",", "}")
-        reader.take("}")
-    return name, options
-
-
-def _value(reader: _Reader) -> Any:
-    if reader.peek() != "[":
-        return _scalar(reader.take())
-    reader.take("[")
-    items = []
-    while reader.peek() != "]":
-        items.append(_scalar(reader.take()))
-        if reader.peek() != "]":
+    reader = _Reader(text)
+    found: list[tuple[str, dict[str, Any]]] = []
+    while reader.next:
+        if found:
             reader.take(",")
-    reader.take("]")
-    return tuple(items)
+        found.append(reader.one_pass())
+    return found
 
 
 def _scalar(word: str) -> str | int:

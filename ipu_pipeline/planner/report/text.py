@@ -16,6 +16,7 @@ WIDTH = 96  # characters of the drawn timeline
 _PACES = 24  # microbatches that it shows at least; 4 characters each
 _LETTERS = {"forward": "F", "backward": "B", "vocabulary": "V", "copy": "-", "sync": ".",
             "update": "U"}  # fmt: skip
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
 _LEGEND = "F forward, B backward, {}- copy, . sync, U update, blank idle"
 
 
@@ -116,9 +117,7 @@ def _letter(cell: dict[str, float]) -> str:
     return _LETTERS[kind] if cell[kind] > 1 - sum(cell.values()) else " "
 
 
-def sensitivity_table(
-    plan: Plan, variants: Sequence[Variant]
-) -> tuple[Sequence[str], list[Sequence[str]]]:
+def sensitivity_table(plan: Plan, variants: Sequence[Variant]) -> Table:
     """Return the columns, and one row per variant, relative to the first."""
     unit = unit_of(plan.machine)
     base = variants[0].samples_per_s

@@ -1,4 +1,4 @@
-"""Schedules: which stage does what when. One file of ``kinds/`` and one object per schedule.
+"""Schedules: which stage does what when. One object per schedule, in ``kinds/``.
 
     shape = PipelineShape.of(num_stages, num_microbatches, stage_devices, training=True)
     kind = schedule_kind("1f1b")          # ValueError lists schedule_names()
@@ -63,8 +63,9 @@ def _built_in() -> dict[str, ScheduleKind]:
     from ipu_pipeline.planner.schedules import kinds
 
     found = [
-        import_module(f"{kinds.__name__}.{module.name}").SCHEDULE
+        kind
         for module in iter_modules(kinds.__path__)
+        for kind in import_module(f"{kinds.__name__}.{module.name}").SCHEDULES
     ]
     found.sort(key=lambda kind: (kind.name not in _FIRST, kind.name))
     return {kind.name: kind for kind in found}

@@ -13,8 +13,8 @@ from ipu_pipeline.planner.schedules.rows import (
     forward_passes,
     one_forward_ahead,
     one_row_per_device,
+    with_vocabulary,
 )
-from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def replay(kind: ScheduleKind, shape: PipelineShape, seconds: Sequence[float]) -
     Raises:
         ValueError: The schedule cannot run so, or nothing repeats in more actions than the limit.
     """
-    least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
+    least = replayed_microbatches(shape)
     while True:
         short = kind.shortened(shape, least)
         made = _program_of(kind, short)
@@ -165,6 +165,11 @@ def replay(kind: ScheduleKind, shape: PipelineShape, seconds: Sequence[float]) -
                 repeats = left // span
                 return StepReplay(short, made, starts, end_s, repeats * span, repeats * pace_s)
         least *= 4
+
+
+def replayed_microbatches(shape: PipelineShape) -> int:
+    """Return how many microbatches a replay has at least, where the step has so many."""
+    return max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
 
 
 @lru_cache(maxsize=64)

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.price import price, schedule_problem, spread_stages, usable_bytes
+from ipu_pipeline.ir.schedule import Schedule
+from ipu_pipeline.planner.price import (
+    price,
+    schedule_problem,
+    shape_of,
+    spread_stages,
+    usable_bytes,
+)
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
 from ipu_pipeline.planner.schedules.replay import (
@@ -24,18 +31,14 @@ from ipu_pipeline.planner.schedules.replay import (
     replay,
     start_times,
 )
-from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device, with_vocabulary
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.schedules.timeline import Event, EventKind, SteadyState, Timeline
-from ipu_pipeline.planner.schedules.vocabulary import with_vocabulary
 
 # Microbatches x stages of the largest lock-stepped step whose events are all listed.
 _LISTED = 2**14
 _make = Event._make
-_KINDS = len(KINDS)
-_EVENTS: tuple[EventKind, ...] = (
-    "forward", "backward", "backward", "backward", "vocabulary", "vocabulary",
-)  # fmt: skip
+Rows = list[list[Event]]
 
 
 def simulate(plan: Plan, schedule: Schedule | str | None = None) -> Timeline:
@@ -52,15 +55,14 @@ def simulate(plan: Plan, schedule: Schedule | str | None = None) -> Timeline:
         VerifyError: The schedule deadlocks.
     """
     found = price(plan)
-    loads = found.stages
-    passes = Passes.of(loads)
+    loads, passes = found.stages, _passes(found.stages)
     common = (found.exchange_s, found.input_s) if found.exchange_s or found.input_s else None
-    cycle = partial(lock_stepped, passes=passes, common_s=common)
+    cycle = partial(_lock_stepped, passes=passes, common_s=common)
     steady: SteadyState | None = None
     if isinstance(schedule, Schedule):
         rows = plan_rows(plan, schedule)
         name, count = rows.name, rows.num_microbatches
-        events, passes_s = cycle(rows) if name == "popart" else asynchronous(rows, passes)
+        events, passes_s = cycle(rows) if name == "popart" else _asynchronous(rows, passes)
     else:
         kind, shape = plan_shape(plan, schedule)
         name, count = kind.name, shape.num_microbatches
@@ -123,72 +125,57 @@ def plan_shape(plan: Plan, schedule: str | None = None) -> tuple[ScheduleKind, P
     Raises:
         ValueError: The plan's machine runs no schedule of that name.
     """
-    devices = [stage.device for stage in plan.stages]
-    shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training,
-        spread=spread_stages(plan),
-    )  # fmt: skip
     wrong = schedule_problem(plan.machine, schedule) if schedule else ""
     if wrong:
         raise ValueError(wrong)
-    return schedule_kind(schedule or plan.schedule), shape
+    return schedule_kind(schedule or plan.schedule), shape_of(plan)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Seconds of the passes by number: stage x kinds, and its kind's place in :data:`KINDS`.
+class _Pass(NamedTuple):
+    """A kind of pass of one stage: seconds of its copy in, of computing, of its copy out."""
 
-    Attributes:
-        device: Device.
-        before_s: Copy into the device.
-        compute_s: Computing.
-        after_s: Copy out of the device.
-    """
-
-    device: tuple[int, ...]
-    before_s: tuple[float, ...]
-    compute_s: tuple[float, ...]
-    after_s: tuple[float, ...]
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of every pass with its copies."""
-        return list(map(sum, zip(self.before_s, self.compute_s, self.after_s, strict=True)))
-
-    @classmethod
-    def of(cls, loads: Sequence[StageLoad]) -> Passes:
-        """Number the passes of ``loads``."""
-        before, compute, after = [], [], []
-        for load in loads:
-            copies, later = load.copies, load.weights_s
-            back, none = copies.gradient_in_s, (0.0, 0.0, 0.0)
-            before += [copies.activation_in_s, back, back, *none]
-            compute += [load.forward_s, load.backward_s, load.backward_s - later, later]
-            compute += [load.softmax_s, load.rows_s]
-            after += [copies.activation_out_s, copies.gradient_out_s, copies.gradient_out_s, *none]
-        device = tuple(load.device for load in loads for _ in KINDS)
-        return cls(device, (*before,), (*compute,), (*after,))
+    device: int
+    kind: EventKind
+    before_s: float
+    compute_s: float
+    after_s: float
 
 
-def asynchronous(schedule: Schedule, passes: Passes) -> tuple[list[list[Event]], float]:
-    """Let every row run on until it misses an input.
+def _passes(loads: Sequence[StageLoad]) -> list[_Pass]:
+    """Return the passes by number: stage x kinds, and the place of its kind in :data:`KINDS`."""
+    found = []
+    for load in loads:
+        copies, later = load.copies, load.weights_s
+        back_in, back_out = copies.gradient_in_s, copies.gradient_out_s
+        kinds: tuple[tuple[EventKind, float, float, float], ...] = (
+            ("forward", copies.activation_in_s, load.forward_s, copies.activation_out_s),
+            ("backward", back_in, load.backward_s, back_out),
+            ("backward", back_in, load.backward_s - later, back_out),
+            ("backward", 0.0, later, 0.0),
+            ("vocabulary", 0.0, load.softmax_s, 0.0),
+            ("vocabulary", 0.0, load.rows_s, 0.0),
+        )
+        found += [_Pass(load.device, *kind) for kind in kinds]
+    return found
 
-    Returns:
-        The events by row, and the end of the last pass.
 
-    Raises:
-        VerifyError: Some row never gets its input.
-    """
+def _seconds(passes: Sequence[_Pass]) -> list[float]:
+    """Return the seconds of every pass with its copies."""
+    return [one.before_s + one.compute_s + one.after_s for one in passes]
+
+
+def _asynchronous(schedule: Schedule, passes: Sequence[_Pass]) -> tuple[Rows, float]:
+    """Let every row run on until it misses an input; also return the end of the last pass."""
     made = program(schedule)
-    starts, end_s = start_times(made, passes.seconds)
+    starts, end_s = start_times(made, _seconds(passes))
     return _events(made, passes, starts), end_s
 
 
 def _asynchronous_shape(
-    kind: ScheduleKind, shape: PipelineShape, passes: Passes
-) -> tuple[list[list[Event]], float, SteadyState | None]:
-    """As :func:`asynchronous`; of very many microbatches the events of the first and last ones."""
-    found = replay(kind, shape, passes.seconds)
+    kind: ScheduleKind, shape: PipelineShape, passes: Sequence[_Pass]
+) -> tuple[Rows, float, SteadyState | None]:
+    """As :func:`_asynchronous`; of very many microbatches the events of the first and last ones."""
+    found = replay(kind, shape, _seconds(passes))
     rows = _events(found.made, passes, found.starts)
     if not found.left:
         return rows, found.end_s, None
@@ -207,9 +194,9 @@ def _asynchronous_shape(
 def _lock_stepped_shape(
     kind: ScheduleKind,
     shape: PipelineShape,
-    cycle: Callable[[Schedule], tuple[list[list[Event]], float]],
-) -> tuple[list[list[Event]], float, SteadyState | None]:
-    """As :func:`lock_stepped`; a microbatch more is a full cycle more, all of which are alike."""
+    cycle: Callable[[Schedule], tuple[Rows, float]],
+) -> tuple[Rows, float, SteadyState | None]:
+    """As :func:`_lock_stepped`; a microbatch more is a full cycle more, all of which are alike."""
     least = max(128, 4 * kind.least_microbatches(shape) + 8)
     if shape.num_microbatches * shape.num_stages <= _LISTED or shape.num_microbatches <= least:
         return *cycle(kind.rows(shape)), None
@@ -234,100 +221,74 @@ def _middle(rows: Sequence[Sequence[Event]], shape: PipelineShape) -> float:
     return next(found)
 
 
-def _continued(rows: Sequence[Sequence[Event]], steady: SteadyState) -> list[list[Event]]:
+def _continued(rows: Sequence[Sequence[Event]], steady: SteadyState) -> Rows:
     return [[steady.behind(event) for event in row] for row in rows]
 
 
-def _events(made: ReplayProgram, passes: Passes, starts: Sequence[float]) -> list[list[Event]]:
+def _events(made: ReplayProgram, passes: Sequence[_Pass], starts: Sequence[float]) -> Rows:
     """Return the events of every row."""
-    found: list[list[Event]] = [[] for _ in range(max(made.rows) + 1)]
-    for action, row, number, start in zip(
+    found: Rows = [[] for _ in range(max(made.rows) + 1)]
+    for action, row, number, start_s in zip(
         made.actions, made.rows, made.numbers, starts, strict=True
     ):
-        _append(found[row], passes, number, action, start)
+        device, kind, before_s, compute_s, after_s = passes[number]
+        events, stage, microbatch = found[row], action.stage, action.microbatch
+        begin_s = start_s + before_s
+        end_s = begin_s + compute_s
+        # _make builds the same tuple as Event(...) in half the time; this is the hot loop.
+        if begin_s > start_s:
+            events.append(_make((device, "copy", stage, microbatch, start_s, begin_s)))
+        events.append(_make((device, kind, stage, microbatch, begin_s, end_s)))
+        if after_s > 0:
+            events.append(_make((device, "copy", stage, microbatch, end_s, end_s + after_s)))
     return found
 
 
-def _append(
-    events: list[Event], passes: Passes, number: int, action: Action, start_s: float
-) -> None:
-    """Add one pass with its copies."""
-    device, stage, microbatch = passes.device[number], action.stage, action.microbatch
-    begin_s = start_s + passes.before_s[number]
-    end_s = begin_s + passes.compute_s[number]
-    # _make builds the same tuple as Event(...) in half the time; this is the hot loop.
-    if begin_s > start_s:
-        events.append(_make((device, "copy", stage, microbatch, start_s, begin_s)))
-    events.append(_make((device, _EVENTS[number % _KINDS], stage, microbatch, begin_s, end_s)))
-    if passes.after_s[number] > 0:
-        free_s = end_s + passes.after_s[number]
-        events.append(_make((device, "copy", stage, microbatch, end_s, free_s)))
-
-
-def _number(action: Action) -> int:
-    return _KINDS * action.stage + KINDS.index(action.kind)
-
-
-def lock_stepped(
-    schedule: Schedule,
-    passes: Passes,
-    common_s: tuple[float, float] | None = None,
-) -> tuple[list[list[Event]], float]:
+def _lock_stepped(
+    schedule: Schedule, passes: Sequence[_Pass], common_s: tuple[float, float] | None = None
+) -> tuple[Rows, float]:
     """Run cycle by cycle: compute and copy, then wait until every device has done so.
 
     Args:
         schedule: PopART's, one row per device.
         passes: Seconds of its passes.
         common_s: Seconds of one exchange of all devices in every cycle, and of the input of every
-            cycle that starts a microbatch, instead of the copies of ``passes``.
+            cycle that starts a microbatch; ``None``: every row makes the copies of its own passes,
+            both ways, as the solver charges them.
 
     Returns:
         The events by row, and the end of the last cycle.
     """
-    found: list[list[Event]] = [[] for _ in schedule.rows]
-    devices = [passes.device[_KINDS * row[0].stage] for row in schedule.rows]
+    names = ((stage, kind) for stage in range(schedule.num_stages) for kind in KINDS)
+    known = dict(zip(names, passes, strict=True))
+    devices = [known[row[0].stage, row[0].kind].device for row in schedule.rows]
+    found: Rows = [[] for _ in schedule.rows]
     cycle_s = 0.0
     for cycle in cycles(schedule):
-        free = []
-        for index, cell in enumerate(cycle):
-            now = cycle_s
+        free, copies = [], []
+        for events, cell in zip(found, cycle, strict=True):
+            now, copy_s = cycle_s, 0.0
             for action in cell:
-                now = _compute(found[index], passes, action, now)
+                stage, microbatch = action.stage, action.microbatch
+                device, kind, before_s, compute_s, after_s = known[stage, action.kind]
+                events.append(_make((device, kind, stage, microbatch, now, now + compute_s)))
+                now, copy_s = now + compute_s, copy_s + (before_s + after_s)
             free.append(now)
+            copies.append(copy_s)
         met = max(free) if common_s else cycle_s
         if common_s is not None:
             starts = any(action.kind == "F" and action.stage == 0 for c in cycle for action in c)
             copies = [common_s[0] + common_s[1] * starts] * len(cycle)
-        else:
-            copies = _charge(cycle, passes)
-        cycle_s = max(max(now, met) + copy for now, copy in zip(free, copies, strict=True))
-        for index, (now, copy) in enumerate(zip(free, copies, strict=True)):
+        cycle_s = max(max(now, met) + copy_s for now, copy_s in zip(free, copies, strict=True))
+        for events, device, now, copy_s in zip(found, devices, free, copies, strict=True):
             start_s = max(now, met)
-            _wait(found[index], devices[index], now, start_s)
-            if copy > 0:
-                found[index].append(
-                    Event(devices[index], "copy", None, None, start_s, start_s + copy)
-                )
-            _wait(found[index], devices[index], start_s + copy, cycle_s)
+            _wait(events, device, now, start_s)
+            if copy_s > 0:
+                events.append(Event(device, "copy", None, None, start_s, start_s + copy_s))
+            _wait(events, device, start_s + copy_s, cycle_s)
     return found, cycle_s
-
-
-def _compute(events: list[Event], passes: Passes, action: Action, start_s: float) -> float:
-    number = _number(action)
-    end_s = start_s + passes.compute_s[number]
-    device, kind = passes.device[number], _EVENTS[number % _KINDS]
-    events.append(Event(device, kind, action.stage, action.microbatch, start_s, end_s))
-    return end_s
 
 
 def _wait(events: list[Event], device: int, start_s: float, end_s: float) -> None:
     if end_s > start_s:
         events.append(Event(device, "sync", None, None, start_s, end_s))
-
-
-def _charge(cycle: Sequence[Sequence[Action]], passes: Passes) -> list[float]:
-    """Copies of each row's own passes, both ways, as the solver charges them."""
-    return [
-        sum(passes.before_s[number] + passes.after_s[number] for number in map(_number, cell))
-        for cell in cycle
-    ]

@@ -11,7 +11,8 @@ Read the files in this order:
 4. ``stage_price.py``: one stage: transfers and memory; ``knapsack.py``: the exact choice of
    recomputation and serialization per block.
 5. ``ideals.py``: the boundaries that a pipeline may have (order ideals of the blocks).
-6. ``bottleneck.py`` over ``stage_costs.py``: the fast exact search, a dynamic program over ideals.
+6. ``bottleneck.py``: the fast exact search, by sweeps of ``ideal_program.py``, a dynamic program
+   over ideals with the stages of ``stage_costs.py``.
 7. ``label_setting.py``: the exact search for shared devices and memories and other schedules;
    ``priced.py`` drives it over pipelines whose stages a backend prices itself; ``looped.py``: a
    local search where the schedule itself puts several stages on every device.

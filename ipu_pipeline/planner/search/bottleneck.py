@@ -7,30 +7,31 @@ S(T')`` bounds everything still open; each sweep lowers the limit below the busi
 until the bound meets the best split. On large lattices the limit climbs from below: sweeps under a
 tight limit are cheap, and each one that finds nothing raises the proven bound.
 
-``best[y, i]`` is the least cost of putting everything outside set i on exactly y devices. Sets are
-visited from the full one back, so all depths come out of one sweep; the row of stages that start at
-a set is priced once, with numpy. Costs are the largest load or their sum, with every load within a
-limit, which also bounds the work that may be left for y devices, and so prunes most (y, i).
-
-A stage whose options must be weighed against memory has a lower bound in its row; the minimum
-settles such stages one by one until the smallest value is an exact one.
+Where options must be weighed against memory, sweeps over lower bounds alone come first: they give a
+split, a bound of the sum, and with both a limit under which few stages are left to be weighed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
-from time import monotonic
-from typing import Any, Literal
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import StagePrice
+from ipu_pipeline.planner.search.ideal_program import (
+    Combine,
+    IdealProgram,
+    IdealTable,
+    OutOfTimeError,
+    StagePositions,
+)
 from ipu_pipeline.planner.search.problem import Problem, Slot, bits
-from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
+from ipu_pipeline.planner.search.stage_costs import Floats, StageCostTable
 from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
 
 LADDER_FROM = 3000
@@ -62,15 +63,12 @@ class BottleneckSearch:
     deadline: float | None = None
     lower_bound: float = 0.0
     offers: list[PricedPipeline] = field(default_factory=list)
+    program: ClassVar[type[IdealProgram]] = IdealProgram
     _least_sum_s: float = field(init=False, default=0.0)
+    _ahead: tuple[float, Floats] = field(init=False, default=(-inf, np.zeros(0)))
     _prices: dict[tuple[int, int, Slot], StagePrice | None] = field(
         init=False, default_factory=dict
     )
-
-    @property
-    def found(self) -> SearchResult:
-        """The best pipelines so far, and the bound."""
-        return SearchResult.of(self.lower_bound, self.offers)
 
     def run(self) -> None:
         """Search; leaves what it found in ``offers`` and ``lower_bound``."""
@@ -112,26 +110,45 @@ class BottleneckSearch:
 
     def _least_pace(self) -> dict[int, float]:
         """Least busiest stage of every depth that can still win."""
-        table, limit = self._climb()
-        if self.spread and table is not None:
-            self._offer_all(table)
-            wider = self._limit_s(self._least_sum_s)
-            if wider > limit:
-                table = self._sweep("max", wider, self.depths)
-        if table is None:
-            return {}
-        self._offer_all(table)
-        return {d: c for d in self.depths if (c := float(table.best[..., d, 0].min())) < inf}
-
-    def _climb(self) -> tuple[IdealTable | None, float]:
-        """Sweep under rising limits until something is found or the upper bound is reached."""
-        for limit in self._ladder():
-            table = self._sweep("max", limit, self.depths)
-            if float(table.best[..., list(self.depths), 0].min()) < inf:
-                return table, limit
+        for step in self._ladder():
+            table, limit = self._sweep("max", step, self.depths, settled=not self._tight), step
+            if self._tight and self._has_pipeline(table):
+                self._offer_all(table)
+                limit = self._sharpened(step)
+                table = self._sweep("max", limit, self.depths)
+            if self._has_pipeline(table):
+                break
+            if limit != step:
+                return {}  # none is better than what was offered
             bound = self._bound(limit, self._least_sum_s)
             self.lower_bound = max(self.lower_bound, min(bound, self.upper_bound))
-        return None, inf
+        else:
+            return {}
+        self._offer_all(table)
+        wider = self._limit_s(self._least_sum_s)
+        if self.spread and wider > limit:
+            table = self._sweep("max", wider, self.depths)
+            self._offer_all(table)
+        return {d: c for d in self.depths if (c := float(table.best[..., d, 0].min())) < inf}
+
+    def _sharpened(self, limit: float) -> float:
+        """Return what the busiest stage of a better pipeline has at most, by bounds of its sum."""
+        if self.upper_bound == inf:
+            return limit
+        if self.spread:
+            every = self._limit_s(self._least_sum_s)
+            sums = self._sweep("sum", every, self.depths, settled=False).best
+            self._least_sum_s = float(sums[list(self.depths), 0].min())
+        return self._limit_s(self._least_sum_s)
+
+    @cached_property
+    def _tight(self) -> bool:
+        """Whether options are weighed against memory: that takes most of the time."""
+        rows, choice = self.rows, max(map(len, self.rows.problem.options)) > 1
+        return choice and any(map(rows.memory_matters, self.layout.slots))
+
+    def _has_pipeline(self, table: IdealTable) -> bool:
+        return float(table.best[..., list(self.depths), 0].min()) < inf
 
     def _ladder(self) -> Iterator[float]:
         top = self._limit_s(self._least_sum_s)
@@ -170,13 +187,25 @@ class BottleneckSearch:
         split = self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
         return max(price.load_s for price in split.prices), float(table.best[depth, 0])
 
-    def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> IdealTable:
-        return IdealProgram(self.rows, self.layout, combine, limit, depths, self.deadline).run()
+    def _sweep(
+        self, combine: Combine, limit: float, depths: Sequence[int], *, settled: bool = True
+    ) -> IdealTable:
+        made = self.program(self.rows, self.layout, combine, limit, depths, self.deadline)
+        made.settled = settled
+        if self._tight and limit < inf:
+            if limit > self._ahead[0]:
+                every = self.program(
+                    self.rows, self.layout, "max", limit, self.depths, self.deadline
+                )
+                self._ahead = limit, every.ahead()
+            made.starts = self._ahead[1] <= limit
+        return made.run()
 
     def _offer_all(self, table: IdealTable) -> None:
         for depth in self.depths:
             if table.best[depth, 0] < inf:
-                self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
+                with suppress(_DoesNotFitError):  # by their lower bounds alone stages may seem to
+                    self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
 
     def offer(self, boundaries: Sequence[int]) -> PricedPipeline:
         """Price a pipeline exactly and keep it."""
@@ -275,178 +304,3 @@ def search_tables(
         found += search.offers
         upper_bound, lower = search.upper_bound, search.lower_bound
     return SearchResult.of(lower, found)
-
-
-Bools = NDArray[np.bool_]
-# Loads of the stages from a set, costs behind their targets, the set, devices left, the targets.
-State = Any  # devices left (the max-load benchmark: host cores and devices)
-Join = Callable[[Floats, Floats, int, State, NDArray[np.int64]], Floats]
-_JOINS: dict[str, Join] = {
-    "max": lambda loads, behind, *_: np.maximum(loads, behind),
-    "sum": lambda loads, behind, *_: loads + behind,
-}
-Combine = Literal["max", "sum"] | Join
-_SLACK = 1 + 1e-9
-
-
-class OutOfTimeError(Exception):
-    """The deadline passed before the sweep was complete."""
-
-
-@dataclass(frozen=True)
-class StagePositions:
-    """The positions of a pipeline, counted from its end.
-
-    Attributes:
-        slots: ``slots[y - 1]`` is the position with y devices to the end, itself included.
-        starts: ``starts[y - 1]``: the sets at which that position may start; ``None`` for all.
-        uniform: All positions price alike apart from the microbatches in flight.
-    """
-
-    slots: Sequence[Slot]
-    starts: Sequence[Bools] | None = None
-    uniform: bool = True
-
-
-@dataclass
-class IdealTable:
-    """The result of one ideal_dynamic_program.
-
-    Attributes:
-        best: Least cost by devices and start position.
-        choice: Position after the first stage of the best way; -1 without one.
-    """
-
-    best: Floats
-    choice: NDArray[np.int32]
-
-    def path(self, devices: int) -> list[int]:
-        """Positions after each stage of the best pipeline."""
-        steps, position, last = [], 0, self.best.shape[-1] - 1
-        while position != last:
-            position = int(self.choice[devices, position])
-            devices -= 1
-            steps.append(position)
-        return steps
-
-
-class IdealProgram:
-    """Fills the table for pipelines of ``depths`` devices with loads up to ``limit_s``."""
-
-    _elsewhere_s = 0.0  # most work that may be done elsewhere than on the devices
-    _fewest = 1  # devices for what is left
-
-    def __init__(
-        self,
-        rows: StageCostTable,
-        layout: StagePositions,
-        combine: Combine,
-        limit_s: float,
-        depths: Sequence[int],
-        deadline: float | None,
-    ) -> None:
-        self._rows, self._layout, self._limit = rows, layout, limit_s
-        self._join: Join = _JOINS[combine] if isinstance(combine, str) else combine
-        self._deadline = deadline
-        self._depths = range(min(depths), max(depths) + 1)
-        # Sets from which the rest can be placed: only they are worth a look as targets.
-        self._reached = np.zeros(len(rows.lattice), np.bool_)
-        self._fastest = max(slot.speed for slot in layout.slots)
-        self._table = self._empty((max(depths) + 1, len(rows.lattice)))
-
-    def _empty(self, shape: tuple[int, ...]) -> IdealTable:
-        return IdealTable(np.full(shape, inf), np.full(shape, -1, np.int32))
-
-    def run(self) -> IdealTable:
-        """Return the table.
-
-        Raises:
-            OutOfTimeError: ``time.monotonic()`` passed the deadline.
-        """
-        last = len(self._rows.lattice) - 1
-        self._table.best[..., 0, last] = 0.0
-        self._reached[last] = True
-        low, high = self._depth_ranges()
-        for start in np.flatnonzero(low <= high)[::-1].tolist():
-            if start == last:
-                continue
-            if self._deadline is not None and monotonic() > self._deadline:
-                raise OutOfTimeError
-            self._visit(start, int(low[start]), int(high[start]))
-        return self._table
-
-    def _depth_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For every set: fewest and most devices that may be left for what is outside it."""
-        work = self._rows.lattice.work_s
-        each = self._limit * self._fastest * _SLACK
-        most = np.full(len(work), max(self._depths))
-        least = np.zeros(len(work), dtype=np.int64)
-        if each < inf:
-            left = np.maximum(work[-1] - work - self._elsewhere_s, 0.0)
-            before = np.maximum(work - self._elsewhere_s, 0.0)
-            unit = max(each, 1e-300)
-            least = np.ceil(np.minimum(left / unit, 1e9) - 1e-9).astype(np.int64)
-            most = most - np.ceil(np.minimum(before / unit, 1e9) - 1e-9).astype(np.int64)
-        most[1:] = np.minimum(most[1:], max(self._depths) - self._fewest)
-        least[0] = max(least[0], self._fewest * min(self._depths))
-        return np.maximum(least, self._fewest), most
-
-    def _visit(self, start: int, low: int, high: int) -> None:
-        counts = [y for y in range(max(low, 1), high + 1) if self._may_start(start, y)]
-        if counts and self._layout.uniform:
-            self._visit_uniform(start, counts)
-        elif counts:
-            for y in counts:
-                slot = self._layout.slots[y - 1]
-                row = self._rows.row(start, slot, self._limit, self._reached)
-                self._settle(start, y, row, slot)
-
-    def _may_start(self, start: int, y: int) -> bool:
-        starts = self._layout.starts
-        return starts is None or bool(starts[y - 1][start])
-
-    def _visit_uniform(self, start: int, counts: Sequence[int]) -> None:
-        """All positions share seconds; only the microbatches in flight differ."""
-        slot = self._layout.slots[counts[0] - 1]
-        targets = self._rows.reach(start, slot, self._limit)
-        targets = targets[self._reached[targets]]
-        if not targets.size:
-            return
-        base = self._rows.row_s(start, targets, slot)
-        near = base <= self._limit
-        targets, base = targets[near], base[near]
-        for y in counts:
-            slot = self._layout.slots[y - 1]
-            self._settle(start, y, self._rows.with_memory(start, targets, base, slot), slot)
-
-    def _settle(self, start: int, y: int, row: StageCosts, slot: Slot) -> None:
-        self._lower(start, y, row, y - 1, slot)
-
-    def _lower(self, start: int, here: State, row: StageCosts, rest: State, slot: Slot) -> None:
-        """Improve ``best[here, start]`` by a stage of ``row`` followed by ``rest``."""
-        if not row.targets.size:
-            return
-        best = self._table.best
-        behind = best[rest][row.targets]
-        cost = self._join(row.load_s, behind, start, here, row.targets)
-        cost[row.load_s > self._limit] = inf
-        while True:
-            pick = int(np.argmin(cost))
-            if not cost[pick] < best[here][start]:
-                return
-            target = int(row.targets[pick])
-            if row.certain[pick]:
-                break
-            exact = self._rows.exact_s(start, target, slot)
-            one = slice(pick, pick + 1)
-            joined = self._join(np.array([exact]), behind[one], start, here, row.targets[one])
-            settled = float(joined[0])
-            cost[pick] = inf
-            if exact <= self._limit and settled < best[here][start]:
-                self._store(here, start, settled, target)
-        self._store(here, start, float(cost[pick]), target)
-
-    def _store(self, here: State, start: int, cost: float, target: int) -> None:
-        self._reached[start] = True
-        self._table.best[here][start] = cost
-        self._table.choice[here][start] = target

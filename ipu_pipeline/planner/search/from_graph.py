@@ -13,11 +13,10 @@ from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, Grap
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.problem import (
-    Entry,
-    Exchange,
     Problem,
     Shared,
     Slot,
+    StageCharge,
     Value,
     joined_groups,
     mask_of,
@@ -217,7 +216,7 @@ def _chunks(graph: BlockGraph, costs: GraphCosts) -> dict[str, Any]:
         return {}
     mask = _mask(graph, costs.chunks.names)
     anchors = (1 << len(graph.blocks)) - 1 & ~mask
-    return {"entries": (Entry(costs.chunks.entry_s, mask),), "anchors": anchors}
+    return {"entries": (StageCharge(costs.chunks.entry_s, mask),), "anchors": anchors}
 
 
 def _predecessors(
@@ -301,13 +300,13 @@ def _outer_seconds(
 
 def _exchanges(
     graph: BlockGraph, machine: Machine, constraints: Constraints
-) -> tuple[Exchange, ...]:
+) -> tuple[StageCharge, ...]:
     """Tied gradients sent to the other stage and back: once in, once out of every holder."""
     if constraints.tied != "exchange" or machine.shared_memory or not graph.training:
         return ()
     link = machine.board_link or machine.link
     return tuple(
-        Exchange(link.transfer_s(parameter.num_bytes), _mask(graph, parameter.blocks))
+        StageCharge(link.transfer_s(parameter.num_bytes), _mask(graph, parameter.blocks))
         for parameter in graph.parameters
         if parameter.trainable and len(parameter.blocks) > 1
     )

@@ -15,12 +15,14 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.problem import Problem, Shared, Slot, closure
 
 Floats = NDArray[np.float64]
 # Of more different workspaces, only some are looked at as the largest.
 _MOST_WORKSPACES = 64
+_NONE = BlockChoice(inf, workspace_bytes=inf)
 
 
 @dataclass(frozen=True)
@@ -54,50 +56,68 @@ class LeastBytes:
         entering = np.zeros(count + 1)
         for value in problem.values:
             entering[value.producer + 1 : value.consumers.bit_length()] += value.held_bytes
-        self._most_entering = float(entering.max())
         self._per_microbatch = self._shared(problem.inputs) + entering[:, None]
         self._order = [(1 << done) - 1 for done in range(count + 1)]
+        most = max(map(len, problem.options), default=0)
+        padded = [[*ways, *[_NONE] * (most - len(ways))] for ways in problem.options]
+        self._stash = np.array([[o.stash_bytes for o in ways] for ways in padded], float)
+        self._fixed = np.array([[o.fixed_bytes for o in ways] for ways in padded], float)
+        self._space = np.array([[o.workspace_bytes for o in ways] for ways in padded], float)
+        self._spaces: list[float] = [s for s in np.unique(self._space).tolist() if s < inf]
         self._known: dict[int, Floats] = {}
+        self._by_workspace: dict[int, list[tuple[float, Floats, Floats]]] = {}
 
     @cached_property
     def is_least_of_all(self) -> bool:
         """Whether there is no other order of the blocks, and every workspace was looked at."""
         before = closure(self.problem.preds)
         one_order = all(mask == (1 << block) - 1 for block, mask in enumerate(before))
-        return one_order and len(self._workspaces()) <= _MOST_WORKSPACES
-
-    def _workspaces(self) -> list[float]:
-        return sorted({o.workspace_bytes for ways in self.problem.options for o in ways})
+        return one_order and len(self._spaces) <= _MOST_WORKSPACES
 
     def of(self, in_flight: int) -> Floats:
         """Least bytes by first block and the block behind the last one; ``inf`` for no stage."""
         if in_flight not in self._known:
-            held = self._weights + in_flight * self._per_microbatch + self._options(in_flight)
-            self._known[in_flight] = np.where(self._used, held, inf)
+            self._known[in_flight] = self._from(slice(None), in_flight)
         return self._known[in_flight]
 
-    def always_fits(self, slots: Sequence[Slot]) -> bool:
-        """Whether the whole model fits any of ``slots``, so that every stage of it does."""
-        in_flight = max(slot.in_flight for slot in slots)
-        most = self.of(in_flight)[0, -1] + in_flight * self._most_entering
-        return bool(most <= min(slot.capacity for slot in slots))
+    def _from(self, first: slice, in_flight: int) -> Floats:
+        """Rows of :meth:`of`, those of stages that begin with the blocks ``first``."""
+        least: Floats = np.full((1, 1), inf)
+        for space, running, missing in self._menus(in_flight):
+            total = running - running[first, None] + space
+            total[missing > missing[first, None]] = inf
+            least = np.minimum(least, total)
+        held = self._weights[first] + in_flight * self._per_microbatch[first] + least
+        return np.where(self._used[first], held, inf)
 
-    def _options(self, in_flight: int) -> Floats:
-        options = self.problem.options
-        spaces = self._workspaces()
-        if len(spaces) > _MOST_WORKSPACES:
-            spaces = [*spaces[:: len(spaces) // _MOST_WORKSPACES + 1], spaces[-1]]
-        least = np.full(self._used.shape, inf)
-        for space in spaces:
-            sizes = [
-                min((o.held_bytes(in_flight) for o in ways if o.workspace_bytes <= space),
-                    default=inf)
-                for ways in options
-            ]  # fmt: skip
-            missing = _between([float(size == inf) for size in sizes])
-            total = _between([0.0 if size == inf else size for size in sizes]) + space
-            least = np.minimum(least, np.where(missing > 0, inf, total))
-        return least
+    def _menus(self, in_flight: int) -> list[tuple[float, Floats, Floats]]:
+        """For each workspace, the bytes up to every block of the smallest options with none larger.
+
+        With them how many blocks have no such option.
+        """
+        if in_flight not in self._by_workspace:
+            spaces, sizes, found = self._spaces, in_flight * self._stash + self._fixed, []
+            if len(spaces) > _MOST_WORKSPACES:
+                spaces = [*spaces[:: len(spaces) // _MOST_WORKSPACES + 1], spaces[-1]]
+            for space in spaces:
+                least = np.where(self._space <= space, sizes, inf).min(axis=1)
+                missing = np.isinf(least)
+                found.append((space, _running(np.where(missing, 0.0, least)), _running(missing)))
+            self._by_workspace[in_flight] = found
+        return self._by_workspace[in_flight]
+
+    def packs(self, slots: Sequence[Slot], groups: Sequence[int]) -> bool:
+        """Whether stages that take as many blocks as fit, one after another, take all of them."""
+        start, count = 0, self.problem.num_blocks
+        may_end = ~self._uncut(groups)
+        for number, slot in enumerate(slots):
+            need = self._from(slice(start, start + 1), slot.in_flight)[0]
+            last = count + 1 - (len(slots) - 1 - number)
+            fitting = np.flatnonzero((need <= slot.capacity)[:last] & may_end[:last])
+            if slot.forbidden or not fitting.size:
+                return False
+            start = int(fitting[-1])
+        return start == count
 
     def _shared(self, items: Sequence[Shared]) -> Floats:
         total = np.zeros(self._used.shape)
@@ -121,7 +141,7 @@ class LeastBytes:
         value = np.full(count + 1, inf)
         value[count] = 0.0
         stops: list[NDArray[np.int64]] = []
-        uncut = np.array([any(done & g not in (0, g) for g in groups) for done in self._order])
+        uncut = self._uncut(groups)
         for number, slot in reversed(list(enumerate(slots))):
             need = self.of(slot.in_flight)
             if slot.forbidden:
@@ -142,6 +162,10 @@ class LeastBytes:
             start = end
         return LeastSplit(tuple(stages), self._by_device(slots, stages))
 
+    def _uncut(self, groups: Sequence[int]) -> NDArray[np.bool_]:
+        """Boundaries that part one of ``groups``."""
+        return np.array([any(done & g not in (0, g) for g in groups) for done in self._order])
+
     def _by_rule(self, rule: LayerRule, stages_done: int) -> NDArray[np.bool_]:
         return np.array([rule.allows(done, stages_done) for done in self._order])
 
@@ -159,8 +183,13 @@ class LeastBytes:
         return used
 
 
+def _running(amounts: Sequence[float] | Floats) -> Floats:
+    """Sums of the amounts of all blocks before each one, and of all."""
+    return np.concatenate(([0.0], np.cumsum(np.asarray(amounts, dtype=np.float64))))
+
+
 def _between(amounts: Sequence[float]) -> Floats:
     """``[a, b]``: sum of the amounts of blocks a to b-1."""
-    running = np.concatenate(([0.0], np.cumsum(np.asarray(amounts, dtype=np.float64))))
+    running = _running(amounts)
     found: Floats = running[None, :] - running[:, None]
     return found

@@ -1,9 +1,12 @@
-"""Good splits for schedules that put several stages on every device: a local search.
+"""Good splits for schedules that put several stages on every device: an iterated local search.
 
 From each given split, runs of neighbouring boundaries move by one block while the step gets
 shorter, the same step better balanced, or, where the split does not fit yet, its overflow smaller:
-first by the schedule's closed form, then by its exact replay. The options of all blocks of a device
-are chosen together (``knapsack.py``).
+first by the schedule's closed form, then by its exact replay. Then a few boundaries of the best one
+move at random, and it is improved again. The options of all blocks of a device are chosen together
+(``knapsack.py``).
+
+Source: Lourenço, Martin, Stützle, Iterated Local Search, Handbook of Metaheuristics, 2003.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle
 from math import inf
+from random import Random
 from time import monotonic
 
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, StagePrice, step_seconds
 from ipu_pipeline.planner.schedules.objective import Objective
+from ipu_pipeline.planner.schedules.replay import replayed_microbatches
 from ipu_pipeline.planner.search.ideals import Bools, Lattice
 from ipu_pipeline.planner.search.knapsack import least_time, summarize
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
@@ -24,7 +29,9 @@ from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline
 
 LONGEST_RUN = 8  # boundaries that move together
-MOST_ACTIONS = 1_000_000  # of all replays of one pipeline together
+MOST_ACTIONS = 20_000_000  # of all replays of one pipeline together
+MOST_KICKS = 8
+_KICK = (2, 6)  # moves of a kick
 _BETTER = 1 - 1e-12
 
 # Position of the boundary after every stage.
@@ -56,24 +63,41 @@ class LoopedSearch:
     allowed: Sequence[Bools]
     least_bytes: LeastBytes
     deadline: float | None = None
-    _replays: int = 0
+    _actions: int = MOST_ACTIONS
     _devices: dict[tuple[tuple[int, int, int], ...], tuple[float, list[StagePrice]]] = field(
         default_factory=dict
     )
 
     def run(self, starts: Iterable[Sequence[int]]) -> list[PricedPipeline]:
         """Return the best split behind ``starts`` (done blocks after every stage), if one fits."""
-        found = [self._improved(split, exact=False) for split in map(self._split, starts) if split]
-        if not found:
+        best: Split = ()
+        cost: Cost = (0, inf, inf, inf)
+        chance = Random(0)
+        first = [split for split in map(self._split, starts) if split]
+        for number in range(len(first) + MOST_KICKS):
+            fits, spent = cost[2] < inf, self._is_late() or self._actions <= 0
+            if (fits and spent) or (not fits and number >= len(first)):
+                break
+            split = first[number] if number < len(first) else self._kicked(best, chance)
+            split = self._improved(self._improved(split, exact=False), exact=True)
+            if _better(found := self.cost(split, exact=True), cost):
+                best, cost = split, found
+        if not best or cost[0] or cost[1]:
             return []
-        best = min(found, key=lambda split: self.cost(split, exact=False))
-        self._replays = MOST_ACTIONS // (3 * self.shape.num_stages * self.shape.num_microbatches)
-        best = self._improved(best, exact=True)
-        parted, over, seconds, _ = self.cost(best, exact=True)
-        if parted or over:
-            return []
+        seconds = cost[2]
         done = tuple(self.lattice.masks[place] for place in best)
         return [PricedPipeline(seconds, done, tuple(self._prices(best)[1]))]
+
+    def _kicked(self, split: Split, chance: Random) -> Split:
+        """Move some runs of boundaries at random."""
+        for _ in range(chance.randint(*_KICK)):
+            length = chance.randint(1, min(LONGEST_RUN, len(split) - 1))
+            first = chance.randint(0, len(split) - 1 - length)
+            split = self._moved(split, first, first + length, chance.choice((-1, 1))) or split
+        return split
+
+    def _is_late(self) -> bool:
+        return self.deadline is not None and monotonic() > self.deadline
 
     def _split(self, masks: Sequence[int]) -> Split | None:
         """Find the positions of boundaries; ``None`` where one is not allowed."""
@@ -93,8 +117,7 @@ class LoopedSearch:
         ]
         cost, failed = self.cost(split, exact=exact), 0
         for move in cycle(moves):
-            late = self.deadline is not None and monotonic() > self.deadline
-            spent = late or (exact and self._replays <= 0)
+            spent = self._is_late() or (exact and self._actions <= 0)
             if failed == len(moves) or (spent and cost[2] < inf):
                 break
             moved = self._moved(split, *move)
@@ -133,7 +156,8 @@ class LoopedSearch:
         return self.kind.objective(self.shape)
 
     def _replayed(self, prices: Sequence[StagePrice]) -> float:
-        self._replays -= 1
+        count = min(self.shape.num_microbatches, replayed_microbatches(self.shape))
+        self._actions -= 2 * self.shape.num_stages * count
         outer: dict[int, float] = {}
         for slot, price in zip(self.slots, prices, strict=True):
             outer[slot.device] = outer.get(slot.device, 0.0) + price.outer_s

@@ -13,20 +13,29 @@ row; labels search the rest. There the sweep still gives a bound (``relaxed_boun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from itertools import chain as joined
 from math import inf
 from time import monotonic
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
 from ipu_pipeline.planner.schedules.objective import Path
-from ipu_pipeline.planner.search.bottleneck import StagePositions, even_bound, search_tables
+from ipu_pipeline.planner.search.bottleneck import even_bound, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
+from ipu_pipeline.planner.search.ideal_program import (
+    IdealProgram,
+    OutOfTimeError,
+    StagePositions,
+)
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
@@ -36,7 +45,7 @@ from ipu_pipeline.planner.search.parallel import (
     candidate,
     pipeline_shapes,
 )
-from ipu_pipeline.planner.search.problem import Problem, bits, mask_of
+from ipu_pipeline.planner.search.problem import Problem, bits, joined_groups, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -44,7 +53,12 @@ from ipu_pipeline.planner.search.stage_price import (
     OptionPricer,
     SearchResult,
 )
-from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
+from ipu_pipeline.planner.search.step_bound import (
+    is_even,
+    least_fullest,
+    least_path_s,
+    longest_path_bound,
+)
 
 LABEL_LIMIT = 4000
 # Without a time limit, the label-setting searches of one problem prove for so many seconds, and so
@@ -79,7 +93,7 @@ class Engine:
         groups = self.problem.together + self.problem.same_device
         slots = candidate.slots
         if candidate.shape.own_devices:
-            if self._least_bytes.always_fits(slots):
+            if candidate.rule is None and self._least_bytes.packs(slots, groups):
                 return True
             split = self._least_bytes.split(slots, candidate.rule, groups)
             return split is not None and split.fits(slots)
@@ -102,12 +116,15 @@ class Engine:
     def _replay_s(self, candidate: CandidatePipeline, paths: Sequence[Path]) -> float:
         """Bound of every replay: of a device's work, and of each dependency path.
 
-        One device has its share of all microbatches' work, and one has the largest block.
+        Blocks are not divided: the busiest device has what any packing of them leaves to it.
         """
         seconds = [option.total_s for option in self.problem.fastest]
-        groups = [sum(seconds[n] for n in bits(mask)) for mask in self.problem.together]
+        groups = joined_groups((*self.problem.together, *self.problem.same_device))
+        alone = self.problem.everything & ~sum(groups)
+        parts = [sum(seconds[n] for n in bits(mask)) for mask in groups]
+        parts += [seconds[n] for n in bits(alone)]
         speed, shape = max(slot.speed for slot in candidate.slots), candidate.shape
-        busiest = max(sum(seconds) / shape.num_devices, *seconds, *groups)
+        busiest = least_fullest(parts, shape.num_devices)
         path_s = least_path_s(self.problem, paths, speed)
         return max(shape.num_microbatches * busiest / speed, path_s)
 
@@ -208,6 +225,11 @@ class Engine:
         tables = [(self._rows_of(chain), layout)]
         found = search_tables(tables, [candidate.depth], (1, 0)).pipelines
         yield from (item.boundaries for item in found[:1])
+        if found:  # the most even of all splits that fit like this
+            depths = [candidate.depth]
+            with suppress(OutOfTimeError):
+                table = IdealProgram(*tables[0], _squares, inf, depths, self._deadline).run()
+                yield tuple(chain.masks[place] for place in table.path(candidate.depth))
         least = self._least_bytes.split(candidate.slots, candidate.rule, self.problem.together)
         if least is not None:
             yield tuple(accumulate(mask for mask, _ in least.stages))
@@ -313,6 +335,12 @@ def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) ->
         return StagePositions(tuple(replace(slot, link_in=link, link_out=link) for slot in slots))
     starts = boundaries(lattice, candidate.slots, candidate.rule)
     return StagePositions(slots, starts[-2::-1], uniform=False)
+
+
+def _squares(
+    loads: NDArray[np.float64], behind: NDArray[np.float64], *_: object
+) -> NDArray[np.float64]:
+    return loads * loads + behind
 
 
 @dataclass(frozen=True)

@@ -52,25 +52,12 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a stage takes once a microbatch, however many of some blocks it has.
+class StageCharge:
+    """What a stage with any of some blocks takes besides them, however many it has.
 
     Attributes:
         seconds: At speed 1.
         users: Mask of the blocks.
-    """
-
-    seconds: float
-    users: int
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Gradients of a tied parameter that the stages holding it add up once per step.
-
-    Attributes:
-        seconds: What it costs each stage that holds the parameter, if another one does too.
-        users: Mask of the blocks that use the parameter.
     """
 
     seconds: float
@@ -90,10 +77,11 @@ class Problem:
         shared_weights: Parameters used by several blocks; a memory holds each once.
         inputs: Model inputs; a stage that reads one holds it once per microbatch in flight.
         outer_s: Seconds per optimizer step (update, gradient all-reduce) that a block adds.
-        exchanges: Gradient exchanges between stages that hold the same parameter.
+        exchanges: Once per step, where another stage holds the same tied parameter: the gradients
+            that they add up.
         together: Masks of blocks that must be in one stage.
         same_device: Masks of blocks whose stages must be on one device.
-        entries: Seconds of stages with any of some blocks.
+        entries: Once a microbatch.
         anchors: Mask of blocks of which every stage has at least one; 0: any block will do.
     """
 
@@ -105,11 +93,11 @@ class Problem:
     shared_weights: tuple[Shared, ...] = ()
     inputs: tuple[Shared, ...] = ()
     outer_s: tuple[float, ...] = ()
-    exchanges: tuple[Exchange, ...] = ()
+    exchanges: tuple[StageCharge, ...] = ()
     together: tuple[int, ...] = ()
     same_device: tuple[int, ...] = ()
     frees_in_order: bool = False
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[StageCharge, ...] = ()
     anchors: int = 0
 
     @property

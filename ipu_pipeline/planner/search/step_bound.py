@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Path
-from ipu_pipeline.planner.search.bottleneck import (
+from ipu_pipeline.planner.search.ideal_program import (
     IdealProgram,
     OutOfTimeError,
     StagePositions,
@@ -54,6 +54,23 @@ def least_path_s(problem: Problem, paths: Sequence[Path], speed: float) -> float
             first * forward_s + second * backward_s,
         )
     return found / speed
+
+
+def least_fullest(sizes: Sequence[float], bins: int) -> float:
+    """Return what the fullest of some bins surely holds, however the items are put into them.
+
+    Source: Fekete and Schepers, New classes of fast lower bounds for bin packing problems,
+    Mathematical Programming 91, 2001: of a bin of size C every item is counted as
+    ``floor((k + 1) size / C) / k``, which adds up to at most 1 in each bin.
+    """
+    items = np.array(sizes)
+    parts = np.arange(1.0, 33.0)
+    low, high = max(items.sum() / bins, items.max()), items.sum()
+    for _ in range(40):
+        middle = (low + high) / 2
+        counted = np.floor(np.outer(parts + 1, items) / middle * (1 - 1e-9)).sum(axis=1) / parts
+        low, high = (middle, high) if counted.max() > bins else (low, middle)
+    return float(low)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def test_what_is_not_here_has_a_shape_only() -> None:
         half = there.view(torch.tensor(1), torch.div(8, 2, rounding_mode="trunc"), -1)
         assert half.where(half > 0, 1.0).shape == (1, 4, 2)  # numbers that all know are sizes
         assert there[torch.tensor([True, False])].shape == (1, 4)
+        assert there[:, : own.sum().long() // 8].shape == (2, 2)  # an end of a slice goes to all
         assert (there + other.sum()).reshape(-1).shape == (8,)
         view = own[:2]
         program.send(view, 1)  # as a hook does, while torch's functions are watched

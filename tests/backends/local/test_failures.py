@@ -13,7 +13,7 @@ from ipu_pipeline.backends.local.runner import StageThreads
 from ipu_pipeline.errors import LoweringError, StageError, StallError
 from ipu_pipeline.ir.schedule import Action
 from ipu_pipeline.planner.schedules import PipelineShape
-from ipu_pipeline.planner.schedules.kinds.one_f_one_b import one_f_one_b
+from ipu_pipeline.planner.schedules.kinds.one_stage import one_f_one_b
 from tests.backends.local.helpers import compiled
 
 

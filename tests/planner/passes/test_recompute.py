@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.planner.passes.annotations import Recompute
 from ipu_pipeline.planner.passes.manager import pass_text
-from ipu_pipeline.planner.passes.recompute import Recompute
 from tests.planner.passes.plans import NAMES, before_and_after, table_plan
 
 

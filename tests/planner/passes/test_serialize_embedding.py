@@ -6,8 +6,8 @@ import pytest
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.verify import verify_plan
+from ipu_pipeline.planner.passes.annotations import SerializeEmbedding
 from ipu_pipeline.planner.passes.manager import pass_text
-from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
 from tests.planner.passes.plans import before_and_after, table_plan
 
 

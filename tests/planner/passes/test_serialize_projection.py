@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.planner.passes.annotations import SerializeProjection
 from ipu_pipeline.planner.passes.manager import pass_text
-from ipu_pipeline.planner.passes.serialize_projection import SerializeProjection
 from tests.planner.passes.plans import before_and_after, table_plan
 
 

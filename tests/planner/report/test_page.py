@@ -12,7 +12,7 @@ import pytest
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.graph import ParameterSpec
 from ipu_pipeline.planner.report import figures, write_report
-from ipu_pipeline.planner.report.excerpt import left_out, windows
+from ipu_pipeline.planner.report.figures import left_out, windows
 from ipu_pipeline.planner.report.page import page
 from ipu_pipeline.planner.schedules.simulate import simulate
 from tests.planner.report.chromium import PROGRAM, render

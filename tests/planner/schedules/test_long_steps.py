@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ipu_pipeline.ir.limits import LIMITS
-from ipu_pipeline.planner.report.excerpt import left_out, windows
+from ipu_pipeline.planner.report.figures import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import sensitivity
 from ipu_pipeline.planner.report.trace import trace
 from ipu_pipeline.planner.schedules import PipelineShape, replay, schedule_kind, simulate

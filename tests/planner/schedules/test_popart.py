@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 from ipu_pipeline.planner.schedules import PipelineShape
-from ipu_pipeline.planner.schedules.kinds.popart import SCHEDULE, PipelineStages, cycles
+from ipu_pipeline.planner.schedules.kinds.popart import POPART, PipelineStages, cycles
 
 
 def popart(stages, microbatches, devices=None, *, training=True) -> Schedule:
-    return SCHEDULE.rows(PipelineShape.of(stages, microbatches, devices, training=training))
+    return POPART.rows(PipelineShape.of(stages, microbatches, devices, training=training))
 
 
 def as_text(schedule: Schedule) -> str:
@@ -71,7 +71,7 @@ def test_cycles_respect_dependencies(shape) -> None:
 @given(st.integers(1, 7), st.integers(0, 8))
 def test_stash_is_that_of_popart(depth: int, more: int) -> None:
     made = popart(depth, 2 * depth - 1 + more)
-    kept = SCHEDULE.in_flight(PipelineShape.of(depth, made.num_microbatches))
+    kept = POPART.in_flight(PipelineShape.of(depth, made.num_microbatches))
     for stage in range(depth):
         assert made.peak_in_flight(stage) == kept[stage] == 2 * (depth - 1 - stage) + 1
 

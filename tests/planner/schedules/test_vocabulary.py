@@ -17,7 +17,7 @@ from ipu_pipeline.planner.schedules import (
     step_seconds,
 )
 from ipu_pipeline.planner.schedules.replay import program, start_times
-from ipu_pipeline.planner.schedules.vocabulary import MOST_KEPT, with_vocabulary
+from ipu_pipeline.planner.schedules.rows import MOST_KEPT, with_vocabulary
 
 ASYNCHRONOUS = [name for name in schedule_names() if not schedule_kind(name).lock_stepped]
 

@@ -60,7 +60,7 @@ def test_the_optimum_is_that_of_the_whole_problem(seed, capacity):
     whole = MaxLoadSearch(table, positions, depths, 1.0, 0.0)
     whole.run()
     found = least_bottleneck(problem, positions, depths, 10**5)
-    assert found.objective == pytest.approx(whole.found.objective)
+    assert found.objective == pytest.approx(whole.upper_bound)
     assert found.lower_bound == pytest.approx(min(found.objective, found.lower_bound))
     if found.objective < inf:
         assert found.lower_bound == pytest.approx(found.objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from ipu_pipeline.planner.schedules import (
     step_seconds,
 )
 from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.search.step_bound import least_fullest
 from tests.planner.search.partition_oracle import (
     all_splits,
     make_graph,
@@ -49,6 +51,21 @@ def replay_s(graph, seconds, machine, schedule, microbatches, stages, devices):
         for s, work in enumerate(sum(of[name] for name in stage) for stage in stages)
     ]
     return step_seconds(kind, shape, times)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), bins=st.integers(1, 3))
+def test_the_fullest_bin_is_never_below_its_bound(sizes, bins):
+    ways = product(range(bins), repeat=len(sizes))
+    best = min(max(sum(s for s, b in zip(sizes, way, strict=True) if b == n) for n in range(bins))
+               for way in ways)  # fmt: skip
+    assert max(sum(sizes) / bins, *sizes, 0) * 0.999999 <= least_fullest(sizes, bins)
+    assert least_fullest(sizes, bins) <= best * 1.000001
+
+
+def test_equal_items_are_not_divided():
+    assert least_fullest([1.0] * 78, 13) == pytest.approx(6.0)
+    assert least_fullest([1.0] * 79, 13) == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("schedule", schedule_names())

@@ -280,9 +280,10 @@ def model_of(
     """
     sizes = {spec.name: spec.shape for spec in plan.graph.inputs}
     lengths = [shape[1] for shape in sizes.values() if len(shape) == 2]
-    length: dict[str, Any] = {"seq_length": max(lengths)} if lengths else {}
+    size: dict[str, Any] = {"seq_length": max(lengths)} if lengths else {}
+    size |= {"batch_size": plan.micro_batch_size, "padded": "attention_mask" in sizes}
     with config_named(config):
-        model, batch = from_config(config, task, batch_size=plan.micro_batch_size, **length)
+        model, batch = from_config(config, task, **size)
     wrong = plan.model.differences(model_identity(model))
     made = {name: tuple(value.shape) for name, value in batch.items() if name in sizes}
     wrong += [

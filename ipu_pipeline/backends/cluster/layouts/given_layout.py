@@ -14,7 +14,13 @@ from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.planner.price import best_split, make_plan, priced, workload_of
+from ipu_pipeline.planner.price import (
+    best_split,
+    make_plan,
+    priced,
+    schedule_problem,
+    workload_of,
+)
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search import Constraints
 
@@ -117,12 +123,14 @@ def captured_model(
     """
     from ipu_pipeline.capture import capture, model_identity
     from ipu_pipeline.capture.from_config import config_named, from_config, load_config
+    from ipu_pipeline.capture.patches import fused_sinks
 
     found = load_config(config)
     if precision is not None or found.dtype is None:
         found.dtype = precision if precision in ("float16", "float32") else "bfloat16"
-    built, batch = from_config(found, task, batch_size=micro_batch, seq_length=seq_length)
-    with config_named(config):
+    size: dict[str, Any] = {"batch_size": micro_batch, "seq_length": seq_length}
+    built, batch = from_config(found, task, **size, padded=False)
+    with config_named(config), fused_sinks(built):
         return GivenModel(capture(built, batch).graph, model_identity(built))
 
 
@@ -167,6 +175,8 @@ class GivenLayout:
         graph, stages = model.graph, self.stages(model.graph)
         pp, dp = self._ranks(machine, len(stages))
         schedule = self.schedule or ("1f1b" if len(stages) == pp else "interleaved")
+        if wrong := schedule_problem(machine, schedule):
+            raise PlanError(wrong)
         count = self._microbatches(dp, pp, len(stages))
         layers = {b.name for b in graph.blocks if b.kind == "layer" and self.recompute}
         own = {size: self.sizes[size] for size in ("tp", "cp", "ep") if size in self.sizes}

@@ -215,6 +215,11 @@ class GpuSettings:
         )
 
 
+def parts_named(text: str) -> tuple[str, ...]:
+    """Return parts of layers that are separated by commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def dtype_of(graph: BlockGraph) -> str:
     """Return the dtype that most elements of the weights have."""
     counts: dict[str, int] = {}

@@ -29,7 +29,7 @@ from ipu_pipeline.ir.rates import Rates, rates_of
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.vocabulary import can_spread
-from ipu_pipeline.planner.price import make_plan, step_s
+from ipu_pipeline.planner.price import make_plan, schedule_problem, step_s
 from ipu_pipeline.planner.search import WORTHWHILE, Constraints
 from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.spread import SpreadSearch
@@ -133,13 +133,15 @@ def tune(
 
     Raises:
         PartitionError: No configuration uses all GPUs and divides the batch, or none fits.
-        PlanError: The machine's kernels are not known.
+        PlanError: The machine's kernels are not known, or its backend does not run the schedule.
     """
     if machine.devices[0].kernels is None:
         raise PlanError(
             f"{machine.name} gives no kernels for its devices: what GPUs reach of their peaks; "
             "tune for a known machine such as h100-x64, or add kernels to the machine file"
         )
+    if wrong := request.schedule and schedule_problem(machine, request.schedule):
+        raise PlanError(wrong)
     first = capture(request.micro_batch or 1)
     found = configurations(request, first, machine)
     graphs = {request.micro_batch or 1: first}

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, ParallelSizes
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
+    GpuSettings,
+    ParallelSizes,
+    parts_named,
+)
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import BlockGraph
@@ -102,7 +106,7 @@ class GpuRequest:
             return ((),)
         if self.recompute is None:
             return PARTS
-        return (tuple(part.strip() for part in self.recompute.split(",")),)
+        return (parts_named(self.recompute),)
 
     @property
     def schedules(self) -> tuple[str, ...]:

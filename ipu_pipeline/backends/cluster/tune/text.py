@@ -45,6 +45,8 @@ def _row(point: GpuPoint) -> tuple[str, ...]:
     sizes = point.config.sizes
     layers = sum(len(stage.recompute) for stage in point.plan.stages)
     recomputed = [*sizes.recompute, *([count_of(layers, "layer")] if layers else [])]
+    if layers == sum(block.kind == "layer" for block in point.plan.graph.blocks):
+        recomputed = ["full"]  # parts are within
     return (
         f"{point.tokens_per_s:,.0f}",
         f"{point.plan.objective_s:.4g}",

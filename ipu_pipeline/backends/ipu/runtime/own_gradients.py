@@ -9,7 +9,7 @@ approximation) is refused. Where the model switches gradients off, tensors are d
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -29,17 +29,28 @@ def gradients_checked() -> Iterator[None]:
     Raises:
         StaticGraphError: A function has another gradient than its forward pass.
     """
-    own: Any = Function.__dict__["apply"]
     known = set()
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(plain: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         differs = any(isinstance(v, Tensor) and v.is_floating_point() for v in args)
         if differs and cls not in known:
             known.add(cls)
-            _check(cls, own.__get__(None, cls), args)
-        return own.__get__(None, cls)(*args, **kwargs)
+            _check(cls, plain, args)
+        return plain(*args, **kwargs)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    with _applied_by(apply):
+        yield
+
+
+@contextlib.contextmanager
+def _applied_by(apply: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, functions are applied by ``apply(plain, cls, *args, **kwargs)``."""
+    own: Any = Function.__dict__["apply"]
+
+    def changed(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply(own.__get__(None, cls), cls, *args, **kwargs)
+
+    Function.apply = classmethod(changed)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
@@ -56,6 +67,23 @@ class StoppedGradients:
     def __init__(self) -> None:
         self._given = torch.is_grad_enabled()
         self._made: Dict[int, Tensor] = {}  # tensors without gradient, kept so that ids stay theirs
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While it lasts, the forward passes of functions keep their gradients.
+
+        torch switches gradients off in them; the device derives the function's gradient there.
+        """
+
+        def apply(plain: Any, _: Any, *args: Any, **kwargs: Any) -> Any:
+            before, self._given = self._given, self._given and not torch.is_grad_enabled()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._given = before
+
+        with _applied_by(apply):
+            yield
 
     @property
     def here(self) -> bool:

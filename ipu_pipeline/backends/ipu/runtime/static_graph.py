@@ -179,7 +179,7 @@ class StaticProgram:
         for tensor in given:
             mode.mark(tensor)
         drawing = self.draws.running(model, given, learn=learn)
-        with static_graph(model), drawing, indexing_seen(), mode:
+        with static_graph(model), drawing, indexing_seen(), mode.stopped.running(), mode:
             yield mode
         if mode.pending is not None:
             raise mode.pending.error

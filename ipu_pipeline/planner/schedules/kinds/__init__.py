@@ -1,1 +1,1 @@
-"""One file per schedule; each has one object ``SCHEDULE``. A new file is found by itself."""
+"""One file per shape of pipeline; each has its schedules in ``SCHEDULES``. New files are found."""

@@ -166,7 +166,7 @@ def _in_flight(shape: PipelineShape) -> list[int]:
     return [min(depth, shape.num_microbatches) for depth in depths]
 
 
-SCHEDULE = ScheduleKind(
+POPART = ScheduleKind(
     name="popart",
     summary="PopART's lock-stepped cycles, as IPUs run them",
     make_rows=popart,
@@ -176,3 +176,5 @@ SCHEDULE = ScheduleKind(
     any_devices=True,
     lock_stepped=True,
 )
+
+SCHEDULES = (POPART,)

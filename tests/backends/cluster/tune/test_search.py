@@ -19,7 +19,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.backends.cluster.tune.quick import Profiles, even_ends
 from ipu_pipeline.backends.cluster.tune.search import GpuTuneResult, tune
 from ipu_pipeline.backends.cluster.tune.space import GpuRequest, configurations
-from ipu_pipeline.backends.cluster.tune.text import result_text, shares
+from ipu_pipeline.backends.cluster.tune.text import front_table, result_text, shares
 from ipu_pipeline.capture import capture
 from ipu_pipeline.cli import app
 from ipu_pipeline.errors import PartitionError, PlanError
@@ -150,6 +150,7 @@ def test_what_is_fixed_is_kept() -> None:
         sizes = point.config.sizes
         assert (sizes.tp, sizes.pp, sizes.vpp, sizes.dp, sizes.zero_stage) == (2, 2, 2, 1, 0)
         assert sum(len(stage.recompute) for stage in point.plan.stages) == 4
+    assert front_table(found).splitlines()[-1].split()[-1] == "full"
     assert tuned(settings=GpuSettings(engine="torch"), micro_batch=2).best.config.sizes.tp == 1
 
 
@@ -206,6 +207,7 @@ def replace_vocabulary(graph: BlockGraph, factor: int) -> BlockGraph:
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"schedule": "nix"}, "nix"),
+        ({"schedule": "popart"}, "h100-x4 runs no schedule 'popart'; use one of 1f1b, "),
         (
             {"settings": GpuSettings(), "tp": 2},
             "tp: of this project's own processes .* tune searches",

@@ -15,11 +15,16 @@ from tests.backends.ipu.runtime.programs import Toy, batch, rehearsed, run
 
 
 class _Device(TorchFunctionMode):
-    """Derives gradients under ``torch.no_grad()``, too, as poptorch does."""
+    """Derives gradients under ``torch.no_grad()``, too, as poptorch; counts what stops them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:  # otherwise the end of the block would undo it
             return func(*args)
+        self.stops += func is Tensor.detach and args[0].requires_grad
         with torch.enable_grad():
             return func(*args, **(kwargs or {}))
 
@@ -97,12 +102,24 @@ def test_what_is_computed_without_gradients_is_detached(poptorch: Any) -> None:
 
     model, inputs = Toy(forward).train(), batch()
     program = rehearsed(model, inputs)
-    with _Device():
+    with _Device() as device:
         found = run(program, model, inputs)["loss"]
+    assert device.stops > 0
     ours, theirs = (
         torch.autograd.grad(loss, model.weight) for loss in (found, model(**inputs)["loss"])
     )
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_function_of_its_own_keeps_its_gradient() -> None:
+    def forward(m: Any, x: Tensor, **_: Any) -> Tensor:
+        return {"loss": Squared.apply(x * m.weight, 2.0).sum()}
+
+    model = Toy(forward).train()
+    program = rehearsed(model, batch())
+    with _Device() as device:
+        run(program, model, batch())
+    assert device.stops == 0
 
 
 def test_a_change_in_place_without_gradients_is_refused_in_training_only() -> None:
