@@ -315,12 +315,14 @@ class _Search:
 
     def _misfit(self, bounds: Mapping[GpuConfiguration, float]) -> str:
         least = min(self.profiles.of(config).state_bytes / config.sizes.pp for config in bounds)
+        more = self.request.settings.engine == "megatron" and self.request.zero_stage is None
         return (
             f"none of {count_of(len(bounds), 'configuration')} fits "
             f"{count_of(len(self.machine.devices), 'GPU')} of {self.machine.name}: weights, "
             f"gradients and optimizer state alone take at least {least / 1e9:.4g} GB of a GPU's "
             f"{self.profiles.capacity / 1e9:.4g} GB; use more or larger GPUs, a shorter sequence, "
             "or fix fewer of the sizes"
+            f"{'; zero_stage 3 shards weights and gradients, too' if more else ''}"
         )
 
 

@@ -45,7 +45,7 @@ class GpuRequest:
         cp: Ranks that share the tokens of a sequence.
         ep: Ranks that share the experts.
         vpp: Stages of a rank.
-        zero_stage: 0 to 3.
+        zero_stage: 0 to 3; left out, 1 for replicas of engine megatron.
         schedule: Name.
         recompute: ``none``, ``full`` or parts of layers, separated by commas.
         vocabulary: ``auto``: a vocabulary spread over stages is tried, too.
@@ -91,7 +91,7 @@ class GpuRequest:
         if self.settings.engine == "torch":
             wrong = [name for name in ("tp", "cp", "ep") if (getattr(self, name) or 1) > 1]
             wrong += ["zero_stage"] if self.zero_stage else []
-            wrong += ["recompute"] if any(self.parts[0]) else []
+            wrong += ["recompute"] if self.recompute not in (None, "none", "full") else []
             if wrong:
                 raise ValueError(
                     f"{', '.join(wrong)}: of this project's own processes (engine torch) tune "
@@ -212,8 +212,8 @@ def _of_sizes(
     request: GpuRequest, graph: BlockGraph, sizes: ParallelSizes
 ) -> Iterator[GpuConfiguration]:
     per_replica, shared = request.global_batch // sizes.dp, sizes.dp * sizes.cp
-    stages = [1, 3] if shared > 1 and request.settings.engine == "megatron" else [0]
-    stages = stages[:1] if sizes.pp > 1 else stages
+    # ZeRO 2 and 3 on request only: Megatron-LM's pipelines shard the optimizer's state.
+    zero_stages = [int(shared > 1 and request.settings.engine == "megatron")]
     one_rank = request.schedules[:1] if request.schedule else ("1f1b",)
     searched = request.recompute is None and len(request.parts) > 1
     parts = tuple(dict.fromkeys(_useful(graph))) if searched else request.parts
@@ -222,7 +222,7 @@ def _of_sizes(
             continue
         for schedule in request.schedules if sizes.pp > 1 else one_rank:
             for vpp in _loops(request, schedule, sizes.pp, len(graph.blocks)):
-                for zero_stage in _tried(request.zero_stage, stages):
+                for zero_stage in _tried(request.zero_stage, zero_stages):
                     for recompute in parts:
                         yield GpuConfiguration(
                             sizes=replace(

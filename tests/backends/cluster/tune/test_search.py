@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ipu_pipeline.backends.cluster.backend import BACKEND
+from ipu_pipeline.backends.cluster.layouts.exchange import export_plan
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.backends.cluster.tune.quick import Profiles, even_ends
 from ipu_pipeline.backends.cluster.tune.search import GpuTuneResult, tune
@@ -108,6 +109,15 @@ def test_tune_finds_what_brute_force_finds(
     assert found.best.plan.objective_s == pytest.approx(best_s, rel=1e-9)
     assert found.bound_s <= best_s * (1 + 1e-12)
     assert found.best.plan.lower_bound_s == found.bound_s
+
+
+def test_plans_for_megatron_have_zero_stages_that_it_exports() -> None:
+    found = tuned(model_type="mixtral", micro_batch=2)
+    assert {point.config.sizes.zero_stage for point in found.points} == {1}
+    for point in found.points:
+        assert "--use-distributed-optimizer" in export_plan(point.plan, "megatron")[0]
+    sharded = tuned(model_type="mixtral", micro_batch=2, zero_stage=3)
+    assert sharded.best.config.sizes.zero_stage == 3
 
 
 def test_bounds_are_below_every_plan() -> None:
@@ -212,6 +222,7 @@ def replace_vocabulary(graph: BlockGraph, factor: int) -> BlockGraph:
             {"settings": GpuSettings(), "tp": 2},
             "tp: of this project's own processes .* tune searches",
         ),
+        ({"settings": GpuSettings(), "recompute": "mlp"}, "recompute: of this project's own"),
         ({"vocabulary": "auto"}, "engine megatron does not spread the vocabulary over stages"),
         (
             {"settings": GpuSettings(), "vocabulary": "even"},
