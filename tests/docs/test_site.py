@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def test_every_error_class_is_explained(docs: Path) -> None:
 
 def test_every_public_name_is_in_the_reference(docs: Path) -> None:
     text = (docs / "reference" / "python.md").read_text(encoding="utf-8")
-    listed = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}
+    paths = [line.removeprefix("::: ") for line in text.splitlines() if line.startswith("::: ")]
+    listed = {path.rpartition(".")[2] for path in paths}
+    assert [path for path in paths if pydoc.locate(path) is None] == []
     assert {*ipu_pipeline.__all__, *train.__all__} <= listed
 
 

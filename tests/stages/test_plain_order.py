@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.backends.cluster.passes import RankPasses
 from ipu_pipeline.errors import CaptureError, LoweringError, PlanError
 
 WIDTH, SAMPLES, MICROBATCHES = 4, 8, 4
@@ -154,14 +154,14 @@ def test_a_generator_of_torch_that_nobody_draws_from_is_not_in_the_way() -> None
 @pytest.mark.parametrize(("stages", "schedule"), [(2, "1f1b"), (1, "gpipe")])
 def test_processes_refuse_an_order_of_their_own(stages: int, schedule: str) -> None:
     job = SimpleNamespace(
-        plan=SimpleNamespace(num_stages=stages, replicas=1, schedule=schedule),
-        options=SimpleNamespace(schedule=None),
-        model=Model(Skipped),
+        _plan=SimpleNamespace(num_stages=stages, replicas=1, schedule=schedule),
+        _options=SimpleNamespace(schedule=None),
+        _model=Model(Skipped),
     )
     with pytest.raises(LoweringError, match="blocks of Model draw from generators of Python or nu"):
-        DistributedExecutable._refuse_other_order(job, MICROBATCHES)  # type: ignore[arg-type]
-    job.plan = SimpleNamespace(num_stages=1, replicas=1, schedule="1f1b")
-    DistributedExecutable._refuse_other_order(job, MICROBATCHES)  # type: ignore[arg-type]
+        RankPasses._refuse_other_order(job, MICROBATCHES)  # type: ignore[arg-type]
+    job._plan = SimpleNamespace(num_stages=1, replicas=1, schedule="1f1b")
+    RankPasses._refuse_other_order(job, MICROBATCHES)  # type: ignore[arg-type]
 
 
 def test_a_reentrant_checkpoint_is_refused() -> None:

@@ -14,7 +14,7 @@ left out: the model without vocabulary is split, and the rows are shared out beh
 
 The bound holds for every sharing. Of n devices with rows each pays for a share, and the busiest has
 an n-th of the rows or more; some device has its share of all microbatches' work; and the paths
-through the steady part of every stage (``one_f_one_b.py``), weighted so that they count every stage
+through the steady part of every stage (``one_stage.py``), weighted so that they count every stage
 alike, are no shorter than their mean. The least of all n is taken.
 """
 

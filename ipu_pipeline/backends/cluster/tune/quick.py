@@ -4,7 +4,7 @@ The bound holds for every split:
 
 * a rank has at least its share of all microbatches' passes: ``G T / pp`` for passes of T seconds;
 * 1f1b with G > pp: ``(G + pp - 1) T / pp``. The paths through the steady part of every stage
-  (:mod:`ipu_pipeline.planner.schedules.kinds.one_f_one_b`) are equally long where the stages are
+  (:mod:`ipu_pipeline.planner.schedules.kinds.one_stage`) are equally long where the stages are
   equal, and a mean of them with weights above 0 counts every stage alike;
 * to both comes the least update of a rank, and what recomputation adds that memory asks for.
 """

@@ -100,6 +100,11 @@ class StoppedGradients:
             self._made.update((id(t), t) for t in tensors_of(result))
         return result
 
+    def changed(self) -> None:
+        """Note that a tensor was written to: it and what shares its memory may have a gradient."""
+        if not self.here:
+            self._made.clear()
+
     def stop(self, value: Any) -> Any:
         """Return a tensor without its gradient; outside of regions, and others, as they are."""
         if not self.here or not isinstance(value, Tensor) or self.has(value):

@@ -279,6 +279,7 @@ class ProgramMode(TorchFunctionMode):
         target = _target(name, args, kwargs)
         if target is not None:
             args, target = self._written(target, args)
+            self.stopped.changed()
         if name in _SHAPES:
             args, kwargs = (args[0], *self.numbers(args[1:])), self.numbers(kwargs)
         kwargs = {

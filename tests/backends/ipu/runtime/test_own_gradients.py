@@ -98,6 +98,10 @@ def test_what_is_computed_without_gradients_is_detached(poptorch: Any) -> None:
             turned = turned.T
             z = torch.zeros(2, 4)
             z += m.weight
+            later = x * 2
+        later[0] += m.weight
+        with torch.no_grad():
+            y = y + later
         return {"loss": (y * m.weight + z + y + turned.T).sum()}
 
     model, inputs = Toy(forward).train(), batch()
