@@ -58,7 +58,7 @@ def _kernels() -> list[tuple[str, str]]:
     import torch
 
     from ipu_pipeline.ops import extension
-    from ipu_pipeline.ops.linear import onednn_products
+    from ipu_pipeline.ops.linear import onednn_products, widens_bfloat16
 
     state = extension.state()
     rows = [
@@ -74,6 +74,7 @@ def _kernels() -> list[tuple[str, str]]:
         *rows,
         ("instruction set", state.instruction_set),
         ("float32 products", "oneDNN" if onednn_products() else "MKL, or what torch uses here"),
+        ("bfloat16 products", "in float32, rounded once" if widens_bfloat16() else "torch's own"),
         ("threads", f"{threads}{without}"),
         *_wrapped("operators", ", ".join(extension.operators()) or "none"),
     ]

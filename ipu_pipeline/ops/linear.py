@@ -1,7 +1,8 @@
 """Linear layers whose matrix products run where they are fast.
 
 In float32, large products go to oneDNN on processors where MKL does not use the widest vectors.
-Under bfloat16 autocast, a weight is cast once and not for every microbatch. In both, a backward
+Under bfloat16 autocast, a weight is cast once and not for every microbatch, and processors without
+AVX-512 compute in float32 and round once. In both, a backward
 pass inside :func:`adding_to_grad` adds the weight's gradient to ``.grad`` within the product
 (float32) or in one pass (bfloat16), where autograd would write it, read it and add it.
 
@@ -56,7 +57,7 @@ def fast_linear(
     if dtype is None:
         fits = input.dtype is torch.float32 and onednn_products()
         return operator(input, weight, bias, transposed=transposed) if fits else None
-    if dtype is not torch.bfloat16 or not torch.is_grad_enabled():
+    if dtype is not torch.bfloat16 or not (torch.is_grad_enabled() or widens_bfloat16()):
         return None
     if input.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -172,3 +173,11 @@ def onednn_products() -> bool:
         PipelineError: ``IPU_PIPELINE_MATMUL`` names another library.
     """
     return _kernels() and bool(torch.ops.ipu_pipeline.onednn_products())
+
+
+def widens_bfloat16() -> bool:
+    """Whether large bfloat16 products are computed in float32 here: without AVX-512.
+
+    Torch has no fast code for them there; the result is rounded to bfloat16 once, as theirs is.
+    """
+    return _kernels() and bool(torch.ops.ipu_pipeline.widens_bfloat16())

@@ -9,7 +9,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -69,7 +68,8 @@ void add_weight_grad(const Tensor& sum, const Tensor& grad, const Tensor& x, boo
     ipu::product(left, right, sum, true);
     return;
   }
-  const Tensor part = at::mm(left, right).contiguous();
+  const Tensor part = at::empty({left.size(0), right.size(1)}, left.options());
+  ipu::product(left, right, part);
   const auto* values = static_cast<const uint16_t*>(part.const_data_ptr());
   float* sums = sum.mutable_data_ptr<float>();
   at::parallel_for(0, part.numel(), ELEMENTS_PER_TASK, [&](int64_t begin, int64_t end) {
@@ -138,6 +138,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
   m.def("onednn_products() -> bool", &ipu::onednn_products);
   m.def("set_onednn_products(bool wish) -> bool", &ipu::set_onednn_products);
+  m.def("widens_bfloat16() -> bool", &ipu::widens_bfloat16);
+  m.def("set_widens_bfloat16(bool wish) -> bool", &ipu::set_widens_bfloat16);
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? narrow=None, "
       "bool transposed=False) -> Tensor",

@@ -3,6 +3,7 @@
 #include "product.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -67,7 +68,22 @@ bool goes_to_onednn(const at::Tensor& a, int64_t columns) {
          a.numel() * columns >= LEAST_MULTIPLICATIONS;
 }
 
+std::atomic<bool>& widening() {
+#if defined(__x86_64__)
+  static std::atomic<bool> chosen = isa() != Isa::avx512;
+#else
+  static std::atomic<bool> chosen = false;
+#endif
+  return chosen;
+}
+
+bool is_widened(const at::Tensor& a) { return a.scalar_type() == at::kBFloat16 && widens_bfloat16(); }
+
 }  // namespace
+
+bool widens_bfloat16() { return widening().load(std::memory_order_relaxed); }
+
+bool set_widens_bfloat16(bool wish) { return widening().exchange(wish); }
 
 bool onednn_products() { return choice().load(std::memory_order_relaxed); }
 
@@ -75,7 +91,11 @@ bool set_onednn_products(bool wish) { return choice().exchange(wish && is_offere
 
 void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
   at::Tensor result = out;
-  if (goes_to_onednn(a, b.size(1))) {
+  if (is_widened(a)) {
+    const at::Tensor wide = add ? out.to(at::kFloat) : at::empty(out.sizes(), at::kFloat);
+    product(a.to(at::kFloat), b.to(at::kFloat), wide, add);
+    result.copy_(wide);
+  } else if (goes_to_onednn(a, b.size(1))) {
     at::native::mkldnn_matmul(a, b, result, add ? 1.0f : 0.0f, 1.0f);
   } else if (add) {
     result.addmm_(a, b);
@@ -86,6 +106,10 @@ void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bo
 
 at::Tensor product_with_bias(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias) {
+  if (is_widened(x)) {
+    const auto wide_bias = bias ? std::optional(bias->to(at::kFloat)) : std::nullopt;
+    return product_with_bias(x.to(at::kFloat), weight.to(at::kFloat), wide_bias).to(x.scalar_type());
+  }
   if (goes_to_onednn(x, weight.size(0))) {
     const c10::List<std::optional<at::Scalar>> no_scalars;
     return onednn_linear()->call(x, weight, bias, "none", no_scalars, "");

@@ -75,6 +75,7 @@ def kernels(monkeypatch, state: ExtensionState) -> list[tuple[str, str]]:
 def test_kernels_that_can_be_used(monkeypatch, threaded: bool) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(linear, "onednn_products", lambda: threaded)
+    monkeypatch.setattr(linear, "widens_bfloat16", lambda: not threaded)
     state = ExtensionState(
         usable=True,
         detail="/there/_kernels.so",
@@ -88,6 +89,7 @@ def test_kernels_that_can_be_used(monkeypatch, threaded: bool) -> None:
         ("compiled against", "torch 2.13.0"),
         ("instruction set", "avx2"),
         ("float32 products", "oneDNN" if threaded else "MKL, or what torch uses here"),
+        ("bfloat16 products", "torch's own" if threaded else "in float32, rounded once"),
         ("threads", "3" if threaded else "1 (compiled without OpenMP)"),
         ("operators", "adamw_step, dropout_counter"),
     ]

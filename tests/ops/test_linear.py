@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -65,6 +66,28 @@ def test_equals_torch_under_autocast(every_size: None) -> None:
         assert torch.allclose(found.float(), right.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.fixture
+def widened(every_size: None) -> Iterator[None]:
+    """Compute bfloat16 products as on a processor without AVX-512."""
+    with linear._switched("set_widens_bfloat16", wish=True, changes=True):
+        yield
+
+
+def test_widened_products_are_rounded_once(widened: None) -> None:
+    tensors = layer(64, 32, 16)
+    exact = [t.detach().bfloat16().float().requires_grad_() for t in tensors]
+    found, expected = gradients(fast_linear, tensors, autocast=True), functional.linear(*exact)
+    assert torch.equal(found[0], expected.bfloat16())
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    right = torch.autograd.grad(expected, exact, upstream.float())
+    for one, other in zip(found[1:], right, strict=True):
+        assert torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        evaluated = fast_linear(*tensors)
+    assert evaluated is not None
+    assert torch.equal(evaluated, found[0])
+
+
 def test_strided_and_expanded_operands(every_size: None) -> None:
     x = torch.randn(K, 3, 8)[:, :, ::2].permute(1, 2, 0).requires_grad_()
     weight = torch.randn(K, N).t().requires_grad_()
@@ -123,6 +146,7 @@ def test_any_number_of_threads_gives_the_same_bits(autocast: bool, every_size: N
 
 
 def test_calls_that_torch_takes(every_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "widens_bfloat16", lambda: False)
     x, weight, bias = layer()
     assert fast_linear(x.double(), weight.double()) is None
     assert fast_linear(x, weight, bias.double()) is None
@@ -159,7 +183,16 @@ def test_addmm(every_size: None) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_adding_to_grad_gives_autograds_sum(autocast: bool, every_size: None) -> None:
+@pytest.mark.parametrize("widens", [False, True])
+def test_adding_to_grad_gives_autograds_sum(
+    autocast: bool, widens: bool, every_size: None
+) -> None:
+    with linear._switched("set_widens_bfloat16", wish=widens, changes=True):
+        check_sums(autocast)
+
+
+def check_sums(autocast: bool) -> None:
+    """Compare what is added to ``.grad`` with what autograd adds up."""
     sums = []
     for scope in (adding_to_grad, lambda: torch.enable_grad()):
         x, weight, bias = layer(64, 32, 16)
