@@ -77,7 +77,9 @@ std::atomic<bool>& widening() {
   return chosen;
 }
 
-bool is_widened(const at::Tensor& a) { return a.scalar_type() == at::kBFloat16 && widens_bfloat16(); }
+bool is_widened(const at::Tensor& a) {
+  return a.scalar_type() == at::kBFloat16 && widens_bfloat16();
+}
 
 }  // namespace
 
@@ -108,7 +110,8 @@ at::Tensor product_with_bias(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias) {
   if (is_widened(x)) {
     const auto wide_bias = bias ? std::optional(bias->to(at::kFloat)) : std::nullopt;
-    return product_with_bias(x.to(at::kFloat), weight.to(at::kFloat), wide_bias).to(x.scalar_type());
+    return product_with_bias(x.to(at::kFloat), weight.to(at::kFloat), wide_bias)
+        .to(x.scalar_type());
   }
   if (goes_to_onednn(x, weight.size(0))) {
     const c10::List<std::optional<at::Scalar>> no_scalars;

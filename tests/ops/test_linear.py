@@ -184,9 +184,7 @@ def test_addmm(every_size: None) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("widens", [False, True])
-def test_adding_to_grad_gives_autograds_sum(
-    autocast: bool, widens: bool, every_size: None
-) -> None:
+def test_adding_to_grad_gives_autograds_sum(autocast: bool, widens: bool, every_size: None) -> None:
     with linear._switched("set_widens_bfloat16", wish=widens, changes=True):
         check_sums(autocast)
 
