@@ -65,10 +65,6 @@ class DeviceSteps(CollectedSteps):
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Make one optimizer step of all microbatches; return their mean loss.
 
-        Args:
-            parts: Inputs of each, of all replicas.
-            num_items: As transformers counts them; ``None`` where the loss does not ask.
-
         Raises:
             ValueError: The loss is another mean, or the microbatches are of different shapes.
             LoweringError: poptorch refuses the model.

@@ -265,10 +265,6 @@ class ProcessSteps(LiveSteps, CollectedSteps):
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Run the microbatches of an optimizer step; return the loss of the step.
 
-        Args:
-            parts: Inputs of each, of all replicas.
-            num_items: As transformers counts them; ``None`` where the loss does not ask.
-
         Raises:
             LoweringError: The processes cannot run the plan.
             StageError: This process or another one failed.
@@ -452,9 +448,7 @@ class ProcessSteps(LiveSteps, CollectedSteps):
             if self._depth == 1:
                 self.fetch()  # whoever reads the model then finds whole weights
         except BaseException as error:
-            made, self.executable = self.executable, None
-            if made is not None:
-                made.__exit__(type(error), error, error.__traceback__)
+            self._leave_with(error)
             raise
         finally:
             self._depth -= 1
@@ -525,14 +519,19 @@ class ProcessSteps(LiveSteps, CollectedSteps):
         self.executable.make_ready(self._optimizer())
         return self.executable
 
+    def _leave_with(self, error: BaseException) -> None:
+        """Tell the other processes of an error, and forget the executable."""
+        made, self.executable = self.executable, None
+        if made is not None:
+            made.__exit__(type(error), error, error.__traceback__)
+
     def _leave(self) -> None:
         """Leave when this process ends; the others are told of the error that ends it."""
-        made, self.executable = self.executable, None
         error = getattr(sys, "last_value", None)
         if error is not None:
-            if made is not None:
-                made.__exit__(type(error), error, error.__traceback__)
+            self._leave_with(error)
             return
+        made, self.executable = self.executable, None
         if isinstance(made, DistributedExecutable):
             made.close(wait=False)
         if self._owns_group and dist.is_initialized():

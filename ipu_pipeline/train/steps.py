@@ -265,7 +265,7 @@ class CollectedSteps(TargetSteps):
         """Run all microbatches of an optimizer step; return the loss of the step.
 
         Args:
-            parts: Inputs of each.
+            parts: Inputs of each, of all replicas.
             num_items: As transformers counts them; ``None`` where the loss does not ask.
         """
 
