@@ -89,12 +89,11 @@ def make_plan(
         replicas = 1
         if note := local_note(config):
             say(note)
-    pod = options.pod_type if options.target == "poptorch" else None
     size = microbatch_size(options)
     return ipp.plan(
         model,
         {name: column[:size] for name, column in columns.items()},
-        machine=options.machine or pod or "local",
+        machine=machine_of(options, config),
         num_stages=options.num_stages,
         microbatches=microbatches,
         replicas=replicas,
@@ -103,6 +102,14 @@ def make_plan(
         config=config,
         constraints=constraints,
     )
+
+
+def machine_of(options: CommonOptions, config: IPUConfig | None) -> str:
+    """Return the machine that is asked for; on IPUs else the pod or as many as are needed."""
+    if options.machine is not None or options.target != "poptorch":
+        return options.machine or "local"
+    needed = (options.num_stages or 1) if config is None else config.num_ipus() * config.replicas()
+    return options.pod_type or f"pod{needed}"
 
 
 def microbatch_size(options: CommonOptions) -> int:

@@ -29,7 +29,7 @@ from fine_tuning import (
 )
 from plan_report import is_first
 from script_options import run_command_line
-from script_run import read_ipu_config, write_results
+from script_run import machine_of, read_ipu_config, write_results
 from vqa_data import read_splits
 from vqa_model import Loaded, load_lxmert
 from vqa_options import Options
@@ -73,7 +73,6 @@ def make_job(
         return evaluate(options, executable, validation, loaded)
 
     config = with_published_placement(read_ipu_config(options), loaded.model.config)
-    pod = options.pod_type if options.target == "poptorch" else None
     return Job(
         loaded.model,
         loaded.tokenizer,
@@ -82,7 +81,7 @@ def make_job(
         evaluate=evaluate_now,
         in_words=in_words,
         ipu_config=config,
-        constraints=in_execution_order(config, options.machine or pod or "local"),
+        constraints=in_execution_order(config, machine_of(options, config)),
     )
 
 

@@ -188,3 +188,28 @@ def test_ctrl_c_is_one_line_and_130(root):
         text=True,
     )
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "machine"),
+    [
+        ({}, "local"),
+        ({"target": "poptorch"}, "pod1"),
+        ({"target": "poptorch", "num_stages": 2}, "pod2"),
+        ({"target": "poptorch", "ipu_config_name": "Graphcore/bert-base-ipu"}, "pod4"),
+        (
+            {
+                "target": "poptorch",
+                "ipu_config_name": "Graphcore/bert-base-ipu",
+                "pod_type": "pod16",
+            },
+            "pod16",
+        ),
+        ({"target": "poptorch", "machine": "bow-pod16"}, "bow-pod16"),
+    ],
+)
+def test_machine_of_a_plan(example, module, given, machine):
+    script_run = example("script_run")
+    options = module.Options(model_name_or_path="m", output_dir=Path("o"), do_eval=True,
+                             validation_file="v", **given)  # fmt: skip
+    assert script_run.machine_of(options, script_run.read_ipu_config(options)) == machine
