@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.ipu.bundle import emit
@@ -37,6 +38,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 
 logger = logging.getLogger(__name__)
+# In a checkpoint: states of the random numbers of the IPUs and of the worker's generators.
+_RANDOM = "ipu_random.safetensors"
 _open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PopTorchExecutable]] = (
     weakref.WeakKeyDictionary()
 )
@@ -221,15 +224,28 @@ class PopTorchExecutable(Executable):
         self.wait_for_checkpoint()
         self._fetch()
         self.fetch_optimizer()
-        return super().save_checkpoint(path, *args, **options)
+        states = {n: v.clone() for n, v in self._worker.call("read_random")["tensors"].items()}
+        others = options.pop("attach", None)
+
+        def attach(folder: Path) -> None:
+            save_file(states, folder / _RANDOM)
+            if others is not None:
+                others(folder)
+
+        return super().save_checkpoint(path, *args, attach=attach, **options)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Restore a checkpoint written by any target; the program is compiled again."""
+        """Restore a checkpoint written by any target; the program is compiled again.
+
+        Random numbers go on where they were if the program has as many replicas.
+        """
         self._require_open()
         extra = super().load_checkpoint(path)
         self._worker.call("release")
         self._device_is_newer = self._has_program = False
         self._weights.forget()
+        if (file := Path(path) / _RANDOM).is_file():
+            self._worker.call("write_random", tensors=load_file(file))
         return extra
 
     def save_executable(

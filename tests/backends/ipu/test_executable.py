@@ -162,6 +162,28 @@ def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
         assert device.global_step == 0
 
 
+def test_random_numbers_go_on_after_a_resume(tmp_path: Path) -> None:
+    alone, stopped, resumed = made = [case() for _ in range(3)]
+    for each in made:  # the worker builds its model from this
+        each.model.config.hidden_dropout_prob = 0.3
+    with alone.compile(adamw) as device:
+        losses = [device.train_step(alone.batch(seed)).loss for seed in range(4)]
+    with stopped.compile(adamw) as device:
+        for seed in range(2):
+            device.train_step(stopped.batch(seed))
+        device.save_checkpoint(tmp_path / "c")
+        again = [device.train_step(stopped.batch(seed)).loss for seed in (2, 3)]
+        device.load_checkpoint(tmp_path / "c")
+        assert losses[2:] == again
+        assert losses[2:] == [device.train_step(stopped.batch(seed)).loss for seed in (2, 3)]
+    with resumed.compile(adamw) as device:
+        device.load_checkpoint(tmp_path / "c")
+        device.save_checkpoint(tmp_path / "same")  # before the first step
+        device.load_checkpoint(tmp_path / "same")
+        assert losses[2:] == [device.train_step(resumed.batch(seed)).loss for seed in (2, 3)]
+    assert_same_weights(resumed.model, alone.model, 0)
+
+
 def test_executables_in_files(tmp_path: Path) -> None:
     first, second = case(), case()
     with first.compile() as device:

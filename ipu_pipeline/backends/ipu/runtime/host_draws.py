@@ -15,7 +15,7 @@ import functools
 import operator
 import random
 import sys
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -292,6 +292,31 @@ def seed_host(seed: Optional[int], instance: int = 0) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed + instance)
+
+
+def host_random() -> Dict[str, Tensor]:
+    """Return the states of the generators that the host draws from."""
+    found = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+    }
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        _, keys, position, *_ = numpy.random.get_state()
+        found["numpy"] = torch.tensor([*map(int, keys), position], dtype=torch.int64)
+    return found
+
+
+def set_host_random(states: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`host_random` returned; a second normal number kept aside is lost."""
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "python" in states:
+        random.setstate((3, tuple(states["python"].tolist()), None))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in states:
+        *keys, position = states["numpy"].tolist()
+        numpy.random.set_state(("MT19937", keys, position))
 
 
 def _zero() -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 # Larger than any plain part of a message; a length beyond it is no message of ours.
 _MOST_BYTES = 1 << 28
 # Bytes of tensors in one message.
@@ -70,6 +70,8 @@ COMMANDS: dict[str, dict[str, Test]] = {
     "read": {"page": _count},
     "read_optimizer": {"page": _count},
     "write_optimizer": {"tensors": _named},
+    "read_random": {},
+    "write_random": {"tensors": _named},
     "release": {},
     "save_executable": {
         "path": is_text,

@@ -156,6 +156,15 @@ class Server:
         self.sessions.next_state.update(taken)
         return {}
 
+    def do_read_random(self) -> dict[str, Any]:
+        """Return the states of random numbers, of the device and of the host's generators."""
+        return {"tensors": self.sessions.random_state()}
+
+    def do_write_random(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Take such states, for the next program that is made for training."""
+        self.sessions.next_random = {name: value.clone() for name, value in tensors.items()}
+        return {}
+
     def do_release(self) -> dict[str, Any]:
         """Drop the programs and the optimizer's state; the weights stay."""
         self.sessions.release()

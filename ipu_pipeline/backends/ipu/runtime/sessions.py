@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .device import make_optimizer, make_options, mean_loss
-from .host_draws import seed_host
+from .host_draws import host_random, seed_host, set_host_random
 from .placement import Placement
 from .static_graph import DeviceForward
 
@@ -36,6 +36,7 @@ class Sessions:
         inference: The executor that evaluates, once there is one.
         device_optimizer: What ``training`` was given.
         next_state: Optimizer state by the device's names that the next ``training`` begins with.
+        next_random: States of random numbers, of the device and the host, that it begins with.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Sessions:
         self.inference: Any = None
         self.device_optimizer: Any = None
         self.next_state: dict[str, Tensor] = {}
+        self.next_random: dict[str, Tensor] = {}
         self._model = model
         self._forward = DeviceForward(model, poptorch, settings)
         self._settings = settings
@@ -170,6 +172,15 @@ class Sessions:
                 found[kind + name] = torch.cat(values) if values[0].dim() else values[0]
         return found
 
+    def random_state(self) -> dict[str, Tensor]:
+        """Return the states of random numbers, the device's once it has a program that trains."""
+        if self.next_random:
+            return self.next_random
+        found = host_random()
+        if self.training is not None and self.training.isCompiled():
+            found["device"] = torch.tensor(self.training.rng_state, dtype=torch.int64)
+        return found
+
     def fetch_weights(self) -> None:
         """Bring the host's weights up to date."""
         if self.training is not None and self.training.isCompiled():
@@ -184,11 +195,12 @@ class Sessions:
     def release(self) -> None:
         """Free the IPUs; weights and optimizer state come back, the programs are gone."""
         kept = {name: value.clone() for name, value in self.optimizer_state().items()}
+        random = {k: v for k, v in self.random_state().items() if k == "device"}
         for executor in (self.inference, self.training):
             if executor is not None:
                 executor.destroy()
         self.training = self.inference = self.device_optimizer = None
-        self.next_state = kept
+        self.next_state, self.next_random = kept, self.next_random or random
         # An executor that was never compiled does not unwrap the model when it is destroyed.
         for thing, kind in self._own:
             thing.__class__ = kind
@@ -208,10 +220,24 @@ class Sessions:
         )
 
     def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
+        if executor is self.training and self.next_random:
+            self._begin_with_random(batch)
         if executor.isCompiled():
             return executor(**self._inputs(executor, batch))
         with self._released_on_error("compile the model"):
             return executor(**self._inputs(executor, batch))
+
+    def _begin_with_random(self, batch: Mapping[str, Any]) -> None:
+        """Make the training program, and let its random numbers go on where they were."""
+        if not self.training.isCompiled():
+            with self._released_on_error("compile the model"):
+                self.training.compile(**self._inputs(self.training, batch))
+        states, self.next_random = self.next_random, {}
+        device = states.get("device")
+        # That of other replicas, or of another SDK, has another length: the seed's are drawn then.
+        if device is not None and len(device) == len(self.training.rng_state):
+            self.training.rng_state = device.tolist()
+        set_host_random(states)
 
     @contextlib.contextmanager
     def _released_on_error(self, what: str) -> Iterator[None]:

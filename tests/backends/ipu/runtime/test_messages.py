@@ -74,12 +74,12 @@ def test_the_other_side_is_gone(ends: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"{", "what came is no message of version 1"),
-        (b"[1]", "what came is no message of version 1"),
-        (json.dumps({"version": 1, "kind": "x", "values": 3}).encode(), "no message of version 1"),
+        (b"{", "what came is no message of version 2"),
+        (b"[1]", "what came is no message of version 2"),
+        (json.dumps({"version": 2, "kind": "x", "values": 3}).encode(), "no message of version 2"),
         (
-            json.dumps({"version": 2, "kind": "x", "values": {}}).encode(),
-            "speaks version 2 of the messages, this one 1; compile again",
+            json.dumps({"version": 3, "kind": "x", "values": {}}).encode(),
+            "speaks version 3 of the messages, this one 2; compile again",
         ),
     ],
 )
