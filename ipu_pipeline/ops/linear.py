@@ -2,9 +2,9 @@
 
 In float32, large products go to oneDNN on processors where MKL does not use the widest vectors.
 Under bfloat16 autocast, a weight is cast once and not for every microbatch, and processors without
-AVX-512 compute in float32 and round once. In both, a backward
-pass inside :func:`adding_to_grad` adds the weight's gradient to ``.grad`` within the product
-(float32) or in one pass (bfloat16), where autograd would write it, read it and add it.
+AVX-512 compute in float32 and round once. In both, a backward pass inside :func:`adding_to_grad`
+adds the weight's gradient to ``.grad`` within the product (float32) or in one pass (bfloat16),
+where autograd would write it, read it and add it.
 
 Only the C++ kernels do this; without them every layer is torch's. Decision 0019 has the numbers.
 """
