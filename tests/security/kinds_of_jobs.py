@@ -36,6 +36,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.predict import predict
 from ipu_pipeline.backends.ipu.runtime.device import read_data
 from ipu_pipeline.backends.ipu.runtime.messages import (
+    VERSION,
     Channel,
     MessageError,
     SharedTensors,
@@ -256,7 +257,7 @@ def write_message(path: Path) -> None:
         "batch": {"dict": [["ids", place]]},
         "groups": {"list": [{"dict": [["params", {"list": ["a"]}], ["lr", 0.1]]}]},
     }
-    path.write_text(json.dumps({"version": 1, "kind": "train", "values": values}))
+    path.write_text(json.dumps({"version": VERSION, "kind": "train", "values": values}))
 
 
 def use_message(path: Path) -> None:
