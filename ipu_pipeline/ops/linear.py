@@ -1,10 +1,10 @@
 """Linear layers whose matrix products run where they are fast.
 
 In float32, large products go to oneDNN on processors where MKL does not use the widest vectors.
-Under bfloat16 autocast, a weight is cast once and not for every microbatch, and processors without
-AVX-512 compute in float32 and round once. In both, a backward pass inside :func:`adding_to_grad`
-adds the weight's gradient to ``.grad`` within the product (float32) or in one pass (bfloat16),
-where autograd would write it, read it and add it.
+Under bfloat16 autocast, a weight is cast once and not for every microbatch, and x86 processors
+without AVX-512 compute in float32 and round once. In both, a backward pass inside
+:func:`adding_to_grad` adds the weight's gradient to ``.grad`` within the product (float32) or in
+one pass (bfloat16), where autograd would write it, read it and add it.
 
 Only the C++ kernels do this; without them every layer is torch's. Decision 0019 has the numbers.
 """
@@ -61,7 +61,12 @@ def fast_linear(
         return None
     if input.dtype not in (torch.float32, torch.bfloat16):
         return None
-    narrow = _cast(weight, torch.bfloat16)
+    # Casts are kept for a step; evaluation has no end at which to give them back.
+    narrow = (
+        _cast(weight, torch.bfloat16)
+        if torch.is_grad_enabled()
+        else weight.detach().to(torch.bfloat16)
+    )
     return operator(input.to(torch.bfloat16), weight, bias, narrow, transposed)
 
 
@@ -176,7 +181,7 @@ def onednn_products() -> bool:
 
 
 def widens_bfloat16() -> bool:
-    """Whether large bfloat16 products are computed in float32 here: without AVX-512.
+    """Whether large bfloat16 products are computed in float32 here: on x86 without AVX-512.
 
     Torch has no fast code for them there; the result is rounded to bfloat16 once, as theirs is.
     """

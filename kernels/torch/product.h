@@ -21,7 +21,7 @@ bool onednn_products();
 // Changes that choice for all threads; returns what it was.
 bool set_onednn_products(bool wish);
 
-// Whether bfloat16 products are computed in float32 and rounded once: the processor decides it.
+// Whether bfloat16 products are computed in float32 and rounded once: the instruction set does.
 bool widens_bfloat16();
 
 // Changes that choice for all threads; returns what it was.
