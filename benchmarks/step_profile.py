@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.suite.contestants import Eager, Trained, make
 from benchmarks.suite.material import Material, make_batch, make_material
 from benchmarks.suite.workloads import load
+from ipu_pipeline.ops import extension
 
 # Of every kind, parts of the names of its operations; the first kind that fits has it.
 KINDS = {
@@ -64,15 +65,14 @@ def profiled(step: Callable[[], object], steps: int) -> dict[str, float]:
         whole = (perf_counter() - began) / steps
     by_kind: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
-        if "::" in event.key or kind_of(event.key) != REST:
-            by_kind[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / steps
+        kind = kind_of(event.key)
+        if "::" in event.key or kind != REST:
+            by_kind[kind] += event.self_cpu_time_total / 1e6 / steps
     return {**by_kind, OUTSIDE: whole - sum(by_kind.values()), ALONE: median(seconds)}
 
 
 def peak(dtype: torch.dtype, rounds: int = 5) -> float:
     """Return the best FLOP/s of a square product here, through torch and through our operation."""
-    from ipu_pipeline.ops import extension
-
     a, b = torch.randn(SIDE, SIDE, dtype=dtype), torch.randn(SIDE, SIDE, dtype=dtype)
     ways: list[Callable[[], object]] = [lambda: a @ b]
     if extension.available():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,14 +65,13 @@ def test_equals_torch_under_autocast(every_size: None) -> None:
         assert torch.allclose(found.float(), right.float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.fixture
-def widened(every_size: None) -> Iterator[None]:
-    """Compute bfloat16 products as on a processor without AVX-512."""
+def test_widened_products_are_rounded_once(every_size: None) -> None:
     with linear._switched("set_widens_bfloat16", wish=True, changes=True):
-        yield
+        check_rounding()
 
 
-def test_widened_products_are_rounded_once(widened: None) -> None:
+def check_rounding() -> None:
+    """Compare with float32 products of rounded numbers."""
     tensors = layer(64, 32, 16)
     exact = [t.detach().bfloat16().float().requires_grad_() for t in tensors]
     found, expected = gradients(fast_linear, tensors, autocast=True), functional.linear(*exact)

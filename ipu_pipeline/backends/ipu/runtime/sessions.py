@@ -174,12 +174,7 @@ class Sessions:
 
     def random_state(self) -> dict[str, Tensor]:
         """Return the states of random numbers, the device's once it has a program that trains."""
-        if self.next_random:
-            return self.next_random
-        found = host_random()
-        if self.training is not None and self.training.isCompiled():
-            found["device"] = torch.tensor(self.training.rng_state, dtype=torch.int64)
-        return found
+        return self.next_random or {**host_random(), **self._device_random()}
 
     def fetch_weights(self) -> None:
         """Bring the host's weights up to date."""
@@ -195,12 +190,12 @@ class Sessions:
     def release(self) -> None:
         """Free the IPUs; weights and optimizer state come back, the programs are gone."""
         kept = {name: value.clone() for name, value in self.optimizer_state().items()}
-        random = {k: v for k, v in self.random_state().items() if k == "device"}
+        random = self.next_random or self._device_random()
         for executor in (self.inference, self.training):
             if executor is not None:
                 executor.destroy()
         self.training = self.inference = self.device_optimizer = None
-        self.next_state, self.next_random = kept, self.next_random or random
+        self.next_state, self.next_random = kept, random
         # An executor that was never compiled does not unwrap the model when it is destroyed.
         for thing, kind in self._own:
             thing.__class__ = kind
@@ -226,6 +221,11 @@ class Sessions:
             return executor(**self._inputs(executor, batch))
         with self._released_on_error("compile the model"):
             return executor(**self._inputs(executor, batch))
+
+    def _device_random(self) -> dict[str, Tensor]:
+        if self.training is None or not self.training.isCompiled():
+            return {}
+        return {"device": torch.tensor(self.training.rng_state, dtype=torch.int64)}
 
     def _begin_with_random(self, batch: Mapping[str, Any]) -> None:
         """Make the training program, and let its random numbers go on where they were."""
