@@ -100,7 +100,8 @@ class CommonOptions(DataOptions):
 
     gradient_accumulation_steps: int | None = option(
         default=None,
-        help="Microbatches per optimizer step; default: the IPU configuration's, or 1.",
+        help="Microbatches per optimizer step; default: the IPU configuration's, "
+        "else 1, or on IPUs what the planner takes.",
     )
     disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
     eval_before_training: bool = option(default=False, help="Evaluate before training as well.")
@@ -124,6 +125,15 @@ class CommonOptions(DataOptions):
     pod_type: str | None = option(
         default=None, help="Such as pod16: chooses the number of replicas."
     )
+    n_ipu: int | None = option(
+        default=None, help="IPUs of the pod, as later releases of optimum-graphcore say it."
+    )
+
+    def __post_init__(self) -> None:
+        """Read the pod from either of its two options."""
+        super().__post_init__()
+        if self.n_ipu is not None:
+            self.pod_type = f"pod{self.n_ipu}"
 
     @property
     def evaluates(self) -> bool:
@@ -136,6 +146,10 @@ class CommonOptions(DataOptions):
         unread = " and ".join(f"--{name}" for name in unread_by_the_loop(self))
         return (
             *super()._mistakes(),
+            (
+                self.n_ipu is not None and self.pod_type is not None,
+                f"--n_ipu {self.n_ipu} and --pod_type {self.pod_type} say the same; give one",
+            ),
             (bool(unread), f"this script does nothing with {unread}; leave {unread} out"),
             (
                 self.target == "distributed" and self.plan is None,

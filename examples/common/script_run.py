@@ -82,7 +82,7 @@ def make_plan(
     if options.plan is not None:
         return Plan.load(options.plan)
     microbatches = options.gradient_accumulation_steps
-    if microbatches is None:
+    if microbatches is None and options.target != "poptorch":
         microbatches = 1 if config is None else config.gradient_accumulation_steps
     replicas = 1 if config is None else config.replicas()
     if config is not None and options.target == "local":

@@ -147,6 +147,11 @@ class Glue:
         return [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
 
     @cached_property
+    def late_values(self) -> tuple[Any, ...]:
+        """What Python read of values that only the stages compute, in order."""
+        return tuple(call.result for call in self.calls if call.is_late)
+
+    @cached_property
     def constants(self) -> dict[int, Tensor]:
         """Tensors that outlive a run and that calls were given and do not change, by id."""
         found = {id(value): value for value in self._kept if type(value) is Tensor}

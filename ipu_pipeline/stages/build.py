@@ -89,6 +89,7 @@ def build_stages(
                 recompute=frozenset(recompute) - live,
                 live=bool(live),
                 in_order=captured.in_order,
+                late_values=captured.glue.late_values,
                 thread_bound=bool(captured.thread_locals),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,

@@ -81,6 +81,7 @@ class Stage:
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
         in_order: Whether a microbatch has to end before the next one begins, on every stage.
+        late_values: What Python read of values that stages compute, at the capture; on every stage.
         thread_bound: Whether the model's code reads what only the caller's thread sees.
         offload: Names of the blocks that keep their activations in host memory.
         compiled: Whether its blocks go through ``torch.compile``.
@@ -103,6 +104,7 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    late_values: tuple[Any, ...] = ()
     thread_bound: bool = False
     order: tuple[str, ...] = ()
     offload: frozenset[str] = frozenset()

@@ -45,6 +45,13 @@ def test_takes_the_published_command_line(call):
     assert (options.folder, options.pod_type) == (Path("/tmp/vqa/"), "pod16")
 
 
+def test_the_pod_has_two_names(call):
+    later = PUBLISHED.replace("--pod_type pod16", "--n_ipu 16")
+    assert call(*shlex.split(later)).pod_type == "pod16"
+    with pytest.raises(ValueError, match="--n_ipu 16 and --pod_type pod16 say the same; give one"):
+        call(*shlex.split(PUBLISHED), "--n_ipu", "16")
+
+
 def test_takes_the_options_of_its_own(call):
     own = """--model_name_or_path small --output_dir o --do_train --do_eval --train_file t.parquet
     --validation_file v.jsonl --target local --image_grid 8 --unsplit"""

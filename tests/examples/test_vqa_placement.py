@@ -44,13 +44,13 @@ def test_the_base_model_is_placed_as_published(placement, machine):
         model,
         batch,
         machine=machine,
-        microbatches=8,
         replicas=replicas,
         config=placed,
         constraints=placement.in_execution_order(placed, machine),
     )
     assert [list(stage.blocks) for stage in plan.stages] == expected(9, 5, 5)
     assert plan.replicas == (4 if machine == "pod16" else 1)
+    assert plan.num_microbatches == 8  # the configuration names none
 
 
 def test_equal_counts_are_not_swapped(placement):

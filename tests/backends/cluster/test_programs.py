@@ -39,6 +39,20 @@ def test_a_loss_that_mixes_samples_is_refused_by_all_and_then_equal(two: Process
         assert float(asked) == pytest.approx(mean, abs=1e-5)
 
 
+def test_a_branch_that_processes_might_take_differently_is_refused_by_all() -> None:
+    program = Program(
+        log="count by value",
+        entry="shared rows",
+        lengths="change between steps",
+        layers=2,
+        schedule="gpipe",
+    )
+    processes = Processes(2, joined=False)
+    found = processes.run("program_jobs.outcomes", programs=[program])
+    processes.close()
+    assert found == [["refused"]] * 2
+
+
 @pytest.mark.acceptance
 def test_random_programs_over_two_processes() -> None:
     """What is refused in the middle of a step leaves processes that cannot go on."""

@@ -24,7 +24,7 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
-from ipu_pipeline.errors import LoweringError, PipelineError, StageError
+from ipu_pipeline.errors import GuardError, LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
@@ -246,24 +246,47 @@ class BatchCheck:
     ) -> None:
         """Compare what the model's code did for every microbatch: its numbers, and what is sent.
 
-        Every process calls this.
+        What it read of values that stages compute is compared, too: a later capture reads what this
+        process makes of them with its own weights, new for its own stages only. Every process calls
+        this.
 
         Raises:
             ValueError: They differ.
+            GuardError: So does what it read.
         """
         given = [
             [_short(value) for name, value in after.inputs.items() if name not in before.inputs]
             for before, after in zip(parts, prepared, strict=True)
         ]
+        read = [[_short(value) for value in own[0].late_values] for own in stages]
+        if any(read):
+            found = f"{given} after reading {read} in Python"
+            remedy = (
+                "it may take another branch, as a process has the newest weights of its own stages "
+                "only: run it with target='local', or keep the module that reads inside a block"
+            )
+        else:
+            found = f"{given}"
+            remedy = (
+                "let the code between the model's blocks do the same on every rank: the same seeds "
+                "for random and numpy, no clock, and what blocks or their hooks fill, of which a "
+                "rank runs its own only, emptied at the start of forward"
+            )
         self._compare(
-            f"with {given} by the model's own code in step {step}",
-            "let the code between the model's blocks do the same on every rank: the same seeds "
-            "for random and numpy, no clock, and what blocks or their hooks fill, of which a rank "
-            "runs its own only, emptied at the start of forward",
+            f"with {found} by the model's own code in step {step}",
+            remedy,
             values=repr([[(s.receives, s.sends) for s in own] for own in stages]).encode(),
+            error=GuardError if any(read) else ValueError,
         )
 
-    def _compare(self, text: str, remedy: str, head: str = "", values: bytes = b"") -> None:
+    def _compare(
+        self,
+        text: str,
+        remedy: str,
+        head: str = "",
+        values: bytes = b"",
+        error: type[Exception] = ValueError,
+    ) -> None:
         """Compare a text and values, with another replica's rank its head only."""
         rank, size = dist.get_rank(), dist.get_world_size()
         notes = {True: _note(text, values), False: _note(head)}
@@ -283,9 +306,7 @@ class BatchCheck:
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
             other = "with other values" if _text(theirs) == _text(own) else _text(theirs)
-            raise ValueError(
-                f"rank {rank} was called {text}, but rank {rank - 1} {other}; {remedy}"
-            )
+            raise error(f"rank {rank} was called {text}, but rank {rank - 1} {other}; {remedy}")
 
 
 def described(batch: Mapping[str, Any]) -> str:

@@ -265,6 +265,10 @@ class IPUConfig:
         ipus = self.num_ipus(inference=inference)
         return expand_layers(self.layers(inference=inference), ipus, num_layers, name=name)
 
+    def leaves_steps_open(self) -> bool:
+        """Return whether the microbatches are left at one, with which PopART trains no pipeline."""
+        return self.gradient_accumulation_steps == 1 and self.num_ipus() > 1
+
     def memory_proportions(self, *, inference: bool = False) -> tuple[float, ...]:
         """Return the temporary memory share of every IPU; one in a list is every IPU's."""
         value: float | tuple[float, ...] = self.matmul_proportion
