@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ import pytest
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.train import process_steps
 from tests.backends.cluster import trainer_jobs
-from tests.backends.cluster.processes import Processes
+from tests.backends.cluster.processes import ROOT, Processes
+from tests.train.helpers import OURS, QUIET, SCRIPTS, THEIRS, TWO_STAGES
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
@@ -136,3 +141,34 @@ def test_what_one_process_cannot_do_is_said_by_all(tmp_path, job, message) -> No
         processes.close()
     assert all(re.search(message, text) for text in said), said
     assert said[0].startswith("StageError: rank 1")
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("line", [OURS, TWO_STAGES], ids=["import-only", "two-stages"])
+@pytest.mark.parametrize("name", ["qa", "classification", "causal_lm"])
+def test_torchrun_gives_what_plain_python_gives(tmp_path, name, line) -> None:
+    """The script's file, with one changed import, by the command itself."""
+    source = (SCRIPTS / f"{name}.py").read_text()
+    script = tmp_path / f"{name}.py"
+    script.write_text(source.replace(THEIRS, line))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    histories = {}
+    for kind, launcher in {"one": [], "two": torchrun}.items():
+        output = tmp_path / kind
+        options = QUIET | {"num_train_epochs": 2, "num_train": 38, "output_dir": output}
+        options |= {"save_strategy": "epoch", "eval_strategy": "epoch", "dropout": 0.1}
+        words = [f"--{option}={value}" for option, value in options.items()]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())
+        histories[kind] = [
+            {key: value for key, value in entry.items() if not re.search("runtime|_per_", key)}
+            for entry in state["log_history"]
+        ]
+    print(name, *histories.values(), sep="\n")
+    assert_equal(histories["two"], histories["one"], 1e-6)
