@@ -195,12 +195,12 @@ def _limits(
     schedule = _said(schedule, limits, "schedule")
     if replicas is None:
         replicas = 1 if config is None else config.replicas(inference=not graph.training)
-    if microbatches is None and config is not None:
-        left_open = graph.training and config.leaves_steps_open()
-        microbatches = None if left_open else config.gradient_accumulation_steps
     if microbatches is None:
-        stages = limits.num_stages if config is None else config.num_ipus()
-        microbatches = backend.default_microbatches(machine, stages, replicas)
+        microbatches = (
+            backend.default_microbatches(machine, limits.num_stages, replicas)
+            if config is None
+            else config.accumulation()
+        )
     name = schedule or backend.schedules[0]
     wrong = schedule_problem(machine, name)
     if wrong:

@@ -100,8 +100,8 @@ class CommonOptions(DataOptions):
 
     gradient_accumulation_steps: int | None = option(
         default=None,
-        help="Microbatches per optimizer step; default: the IPU configuration's, "
-        "else 1, or on IPUs what the planner takes.",
+        help="Microbatches per optimizer step; default: the IPU configuration's; "
+        "without one 1, on IPUs what the planner takes.",
     )
     disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
     eval_before_training: bool = option(default=False, help="Evaluate before training as well.")

@@ -82,8 +82,8 @@ def make_plan(
     if options.plan is not None:
         return Plan.load(options.plan)
     microbatches = options.gradient_accumulation_steps
-    if microbatches is None and options.target != "poptorch":
-        microbatches = 1 if config is None else config.gradient_accumulation_steps
+    if microbatches is None and (config is not None or options.target != "poptorch"):
+        microbatches = 1 if config is None else config.accumulation()
     replicas = 1 if config is None else config.replicas()
     if config is not None and options.target == "local":
         replicas = 1

@@ -80,6 +80,18 @@ def batch_size(batch: Mapping[str, Any], axes: Axes | None = None) -> int:
     return size
 
 
+def batch_text(batch: Mapping[str, Any]) -> str:
+    """Return the shapes and types of a batch as text; never fails."""
+    return ", ".join(
+        f"{name} {'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else f"{name} {value!r}"
+        if isinstance(value, bool | int | float | str | None)
+        else f"{name} {type(value).__name__}"
+        for name, value in batch.items()
+    )
+
+
 def _size(name: str, value: Any, axis: int | None) -> int:
     if not sized(value) or axis is None or (isinstance(value, Tensor) and axis >= value.ndim):
         shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

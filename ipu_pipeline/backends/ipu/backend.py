@@ -14,6 +14,7 @@ from ipu_pipeline.backends.ipu.check import (
     devices_problems,
     foreign_problems,
 )
+from ipu_pipeline.backends.ipu.config.ipu_config import default_accumulation
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import (
@@ -106,7 +107,7 @@ class IPUBackend(Backend):
 
     def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
         """Eight, or as many as PopART needs for the stages that were asked for."""
-        return max(8, 2 * (num_stages or 1) - 1)
+        return default_accumulation(num_stages or 1)
 
     def check_costs(self, costs: str) -> None:
         """Refuse what this machine measures.

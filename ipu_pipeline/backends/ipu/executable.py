@@ -35,6 +35,7 @@ from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.backends.ipu.worker import Worker
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.batch import batch_text
 from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class PopTorchExecutable(Executable):
         self._sent: list[dict[str, Any]] | None = None
         self._device_is_newer = False
         self._has_program = False
+        # Names and text of what a program was compiled for, by its command.
+        self._compiled_for: dict[str, tuple[set[str], str]] = {}
         self._state_is_newer = False  # the optimizer's here: somebody has loaded one
         self._closed = False
         self._folder = TemporaryDirectory(prefix="ipu-")
@@ -139,18 +142,20 @@ class PopTorchExecutable(Executable):
                 batch, in this order.
 
         Raises:
-            LoweringError: There is no optimizer, axis 0 has another size, or poptorch refuses to
-                compile the model.
+            LoweringError: There is no optimizer, axis 0 has another size, the batch is not of the
+                shapes of the first, or poptorch refuses to compile the model.
             StageError: The step failed in the worker, or the worker died.
         """
         self._require_open()
         optimizer = self.trained_optimizer()
         size = self._check_size(batch)
+        shapes = self._check_inputs("train", batch)
         self._send_weights()
         groups = self._changed_groups()
         loss = self._worker.call("train", batch=dict(batch), groups=groups)["loss"]
         self._sent = groups or self._sent
         self._device_is_newer = self._has_program = True
+        self._compiled_for["train"] = shapes
         # The device stepped; torch's schedulers look for this mark before they warn.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         result = StepResult(loss, None, num_samples=size)
@@ -175,7 +180,8 @@ class PopTorchExecutable(Executable):
         weighs tokens instead of samples, another cut of the batch gives a slightly other mean.
 
         Raises:
-            LoweringError: Axis 0 differs between tensors, or poptorch refuses to compile.
+            LoweringError: Axis 0 differs between tensors, shapes are not those of before,
+                or poptorch refuses to compile.
             StageError: It failed in the worker, or the worker died.
         """
         self._require_open()
@@ -191,7 +197,9 @@ class PopTorchExecutable(Executable):
         parts: list[tuple[int, Mapping[str, Tensor]]] = []
         for start in range(0, whole, call):
             part = rows(batch, start, start + call)
+            shapes = self._check_inputs("evaluate", part)
             found = self._worker.call("evaluate", batch=part)["outputs"]
+            self._compiled_for["evaluate"] = shapes
             parts.append((call, {name: value.clone() for name, value in found.items()}))
         if whole < size:
             self._fetch()
@@ -243,6 +251,7 @@ class PopTorchExecutable(Executable):
         extra = super().load_checkpoint(path)
         self._worker.call("release")
         self._device_is_newer = self._has_program = False
+        self._compiled_for.clear()
         self._weights.forget()
         if (file := Path(path) / _RANDOM).is_file():
             self._worker.call("write_random", tensors=load_file(file))
@@ -354,6 +363,7 @@ class PopTorchExecutable(Executable):
             self._fetch()
             self._worker.call("release")
             self._has_program = False
+            self._compiled_for.clear()
         self._state_is_newer = False
         if not self._has_program:
             for page in paged(write_state(optimizer, self.model)):
@@ -380,6 +390,21 @@ class PopTorchExecutable(Executable):
                 f"{sizes}; drop the last short batch (dataloader_drop_last)"
             )
         return int(wanted)
+
+    def _check_inputs(self, command: str, batch: Mapping[str, Any]) -> tuple[set[str], str]:
+        """Return what the batch is; refuse one that is not of the shapes that were compiled.
+
+        Evaluation with other inputs, such as labels, is compiled again.
+        """
+        found = set(batch), batch_text(dict(sorted(batch.items())))
+        names, known = self._compiled_for.get(command, found)
+        if known != found[1] and (command == "train" or names == found[0]):
+            raise LoweringError(
+                f"the batch is {found[1]}, and the IPU has a program for {known}; pad every "
+                "batch to one length and give every batch the same inputs, or close() the "
+                "executable and compile again"
+            )
+        return found
 
     def _check_offline(self) -> None:
         total = self._flat["ipus_per_replica"] * self._flat["replication_factor"]

@@ -135,7 +135,7 @@ class PopTorchSettings:
             "num_stages": self.num_stages,
             "ipus_per_replica": config.num_ipus(),
             "replication_factor": config.replicas(),
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "gradient_accumulation_steps": config.accumulation(),
             "device_iterations": config.device_iterations,
             "memory_proportions": list(config.memory_proportions()),
             **inference,
@@ -329,7 +329,7 @@ def _check_agreement(
     # A default is no wish: the numbers may have been given beside the configuration.
     if base.replicas(inference=not training) != plain.replicas():
         theirs["replication_factor"] = base.replicas(inference=not training)
-    if training and base.gradient_accumulation_steps != plain.gradient_accumulation_steps:
+    if training and base.gradient_accumulation_steps is not None:
         theirs["gradient_accumulation_steps"] = base.gradient_accumulation_steps
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)

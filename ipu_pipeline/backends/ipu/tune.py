@@ -208,7 +208,7 @@ class TuneResult:
         Raises:
             ConfigError: It does not fit the model or the pod.
         """
-        per_sample = config.replicas() * config.gradient_accumulation_steps
+        per_sample = config.replicas() * config.accumulation()
         size, rest = divmod(self.request.global_batch, per_sample)
         micro_batch = size if size and not rest else 1
         graph = self.graphs.get(micro_batch) or capture(micro_batch).graph

@@ -19,11 +19,11 @@ from ipu_pipeline.backends.cluster.ranks.consistency import (
     NOTE_BYTES,
     _note,
     _text,
-    described,
     refuse_sparse_gradients,
 )
 from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.batch import batch_text
 from ipu_pipeline.stages.loss_shares import Counted, MixedSamplesError, _agreed_rule
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
@@ -315,7 +315,7 @@ def test_a_schedule_that_cannot_run_so_few_is_replaced_in_its_placement() -> Non
 
 def test_a_batch_is_described_whatever_it_holds() -> None:
     batch = {"x": np.zeros(2), "flag": True, "none": None, "name": "a"}
-    assert described(batch) == "x ndarray, flag True, none None, name 'a'"
+    assert batch_text(batch) == "x ndarray, flag True, none None, name 'a'"
     long = "input_ids 8x16 int64, " * 40
     note = _note(long)
     assert note.shape == (NOTE_BYTES,)

@@ -252,6 +252,15 @@ def test_refusals() -> None:
         uneven = {**made.batch(), "attention_mask": torch.ones(3, 16)}
         with pytest.raises(LoweringError, match=r"axis 0 of the batch's tensors must be equal"):
             device.eval_step(uneven)
+        device.train_step(made.batch())
+        for other in (
+            {n: v for n, v in made.batch().items() if n != "attention_mask"},
+            {n: v[:, :9] if v.ndim > 1 else v % 9 for n, v in made.batch().items()},
+        ):
+            with pytest.raises(
+                LoweringError, match=r"the batch is .* has a program for .*16x16 int"
+            ):
+                device.train_step(other)
     for call in (
         lambda: device.train_step(made.batch()),
         lambda: device.eval_step(made.batch()),

@@ -27,7 +27,7 @@ from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import GuardError, LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan, library_versions
-from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.batch import Microbatch, batch_text
 from ipu_pipeline.stages.block_runs import recomputed_blocks
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.stage import Stage
@@ -230,7 +230,7 @@ class BatchCheck:
         """
         head = f"for {call} in step {step}"
         self._compare(
-            f"{head} with {'; '.join(map(described, parts))}",
+            f"{head} with {'; '.join(map(batch_text, parts))}",
             "give every rank the same whole batch (each takes its own part), or with "
             "batches='share' every rank of a replica the same share, in the same order",
             head,
@@ -307,18 +307,6 @@ class BatchCheck:
         if not torch.equal(theirs, own):
             other = "with other values" if _text(theirs) == _text(own) else _text(theirs)
             raise error(f"rank {rank} was called {text}, but rank {rank - 1} {other}; {remedy}")
-
-
-def described(batch: Mapping[str, Any]) -> str:
-    """Return the shapes and types of a batch as text; never fails."""
-    return ", ".join(
-        f"{name} {'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
-        if isinstance(value, Tensor)
-        else f"{name} {value!r}"
-        if isinstance(value, bool | int | float | str | None)
-        else f"{name} {type(value).__name__}"
-        for name, value in batch.items()
-    )
 
 
 def _short(value: Any) -> Any:

@@ -81,7 +81,7 @@ class IPUConfig:
         layers_per_ipu: Layers on each IPU; -1 takes an even share of what is left over.
         ipus_per_replica: IPUs of one pipeline; ``None``: as many as ``layers_per_ipu`` has.
         replication_factor: Copies of the pipeline, or copies by pod type with ``default``.
-        gradient_accumulation_steps: Microbatches per optimizer step.
+        gradient_accumulation_steps: Microbatches per optimizer step; :meth:`accumulation`.
         device_iterations: Optimizer steps the device runs before it returns to the host.
         matmul_proportion: Share of an IPU's memory for temporary data, one or one per IPU.
         embedding_serialization_factor: Slices of the embedding lookup; 0 and 1 are whole.
@@ -119,7 +119,7 @@ class IPUConfig:
     inference_ipus_per_replica: IPUs | None = None
     replication_factor: Replicas = field(default=1, hash=False)
     inference_replication_factor: Replicas = field(default=1, hash=False)
-    gradient_accumulation_steps: Steps = 1
+    gradient_accumulation_steps: Steps | None = None
     device_iterations: Steps = 1
     inference_device_iterations: Steps = 1
     matmul_proportion: Shares = DEFAULT_MATMUL_PROPORTION
@@ -265,9 +265,12 @@ class IPUConfig:
         ipus = self.num_ipus(inference=inference)
         return expand_layers(self.layers(inference=inference), ipus, num_layers, name=name)
 
-    def leaves_steps_open(self) -> bool:
-        """Return whether the microbatches are left at one, with which PopART trains no pipeline."""
-        return self.gradient_accumulation_steps == 1 and self.num_ipus() > 1
+    def accumulation(self) -> int:
+        """Return the microbatches per optimizer step; left open, those of a pipeline so long."""
+        steps, num_ipus = self.gradient_accumulation_steps, self.num_ipus()
+        if steps is None:
+            return default_accumulation(num_ipus) if num_ipus > 1 else 1
+        return steps
 
     def memory_proportions(self, *, inference: bool = False) -> tuple[float, ...]:
         """Return the temporary memory share of every IPU; one in a list is every IPU's."""
@@ -365,6 +368,11 @@ def _from_text(text: str, kind: Any) -> Any:
     if NoneType in get_args(kind) and text.lower() in ("none", "null"):
         return None
     return _BOOLS.get(text.lower(), text) if kind in (bool, bool | None) else text
+
+
+def default_accumulation(num_stages: int) -> int:
+    """Return eight microbatches, or as many as PopART needs to train so many stages."""
+    return max(8, 2 * num_stages - 1)
 
 
 def _check_consistency(config: IPUConfig, prefix: str) -> None:

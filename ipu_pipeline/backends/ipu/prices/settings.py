@@ -192,7 +192,7 @@ class IPUSettings:
             num_ipus=num_ipus,
             layers_per_ipu=config.layers(inference=inference),
             replicas=replicas or config.replicas(inference=inference),
-            accumulation=1 if inference else config.gradient_accumulation_steps,
+            accumulation=1 if inference else config.accumulation(),
             device_iterations=(
                 config.inference_device_iterations if inference else config.device_iterations
             ),
