@@ -77,7 +77,8 @@ class Ours:
                 material.model,
                 material.example,
                 num_stages=contestant.stages,
-                microbatches=material.workload.microbatches,
+                microbatches=material.workload.microbatches // contestant.replicas,
+                replicas=contestant.replicas,
             )
 
         many = contestant.kind == "distributed"

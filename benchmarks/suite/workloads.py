@@ -46,6 +46,7 @@ class Contestant:
 
     kind: Kind
     stages: AtLeastOne = 1
+    replicas: AtLeastOne = 1
     schedule: str | None = None
     quick: bool = True
 

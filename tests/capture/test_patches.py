@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
 
+from ipu_pipeline.capture.patches import fused_gelu
 from tests.tiny_models import TINY
 
 
@@ -113,6 +115,20 @@ PATCHES = (
         ("tensor",),
     ),
     Patch(
+        "transformers.activations.NewGELUActivation.forward",
+        "a GELU of eight operations is one in a training step",
+        "transformers 5.23",
+        lambda: import_module("transformers.activations").NewGELUActivation.forward,
+        ("self", "input"),
+    ),
+    Patch(
+        "transformers.activations.FastGELUActivation.forward",
+        "the same of another form of it",
+        "transformers 5.23",
+        lambda: import_module("transformers.activations").FastGELUActivation.forward,
+        ("self", "input"),
+    ),
+    Patch(
         "transformers.masking_utils.find_packed_sequence_indices",
         "a model with a cache does not look for packed rows; the cache is off in a capture",
         "transformers 5.23",
@@ -148,6 +164,29 @@ def test_a_changed_target_is_named() -> None:
     assert gone.broken().startswith("torch.y is gone (")
     number = Patch("torch.z", "it does so", "torch 2.13", lambda: 3)
     assert number.broken().startswith("torch.z cannot be called")
+
+
+@pytest.mark.parametrize("name", ["NewGELUActivation", "FastGELUActivation"])
+def test_a_gelu_is_torchs_where_numbers_are_wide(name: str) -> None:
+    written = getattr(import_module("transformers.activations"), name)()
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    plain = written(x)
+    (slope,) = torch.autograd.grad(plain.sum(), x)
+    with fused_gelu, ThreadPoolExecutor(1) as threads:
+        assert threads.submit(_entered_and_left).result() == ""  # it stays until the last has left
+        fused = written(x)
+        assert type(fused.grad_fn).__name__ == "GeluBackward0"
+        torch.testing.assert_close(torch.autograd.grad(fused.sum(), x)[0], slope)
+        torch.testing.assert_close(fused, plain)
+        narrow = x.detach().bfloat16()
+        inside = written(narrow)
+    assert inside.equal(written(narrow))
+    assert written(x).equal(plain)
+
+
+def _entered_and_left() -> str:
+    with fused_gelu:
+        return ""
 
 
 def test_patches_are_undone() -> None:

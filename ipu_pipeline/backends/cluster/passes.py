@@ -30,6 +30,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
 )
 from ipu_pipeline.backends.cluster.shares import BatchShares
+from ipu_pipeline.capture.patches import fused_gelu
 from ipu_pipeline.checkpoint.slices import Slices
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -162,7 +163,7 @@ class RankPasses:
             for_update: Whether each gradient is needed by the process that updates it only.
         """
         groups = self._groups
-        with torch.enable_grad(), casts_of_one_step():
+        with torch.enable_grad(), casts_of_one_step(), fused_gelu:
             stages, parts = self._prepared(cut, step, training=True)
             ownership = self._settled(stages[0]) if stages else self.known_ownership()
             self.share_buffers()

@@ -20,6 +20,7 @@ from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
 from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.capture.loss_terms import LossTerms
+from ipu_pipeline.capture.patches import fused_gelu
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.limits import count_of
@@ -229,7 +230,7 @@ class LocalExecutable(Executable):
     def _accumulate(self, batch: CutBatch | Sequence[Microbatch], loss_scaling: float) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
-        with torch.enable_grad(), casts_of_one_step():
+        with torch.enable_grad(), casts_of_one_step(), fused_gelu:
             return self._in_groups(batch, loss_scaling, training=True)
 
     def _in_groups(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from ipu_pipeline.backends.local.measure.cache import load_measurements, store_measurements
 from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture.captured import CapturedModel
-from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.patches import fused_gelu, preserved_state
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
@@ -135,7 +135,7 @@ def _time_runs(program: Program, inputs: list[Any], *, training: bool) -> Runs:
         others.add_(1)  # what the stage's other blocks do between two runs of this one
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
-        with grad, block_scope("profile", program.name):
+        with grad, block_scope("profile", program.name), fused_gelu:
             outputs = program(*inputs)
         forward_s = time.perf_counter() - started
         backward_s = _backward_s(outputs, inputs, others) if training else 0.0
