@@ -18,6 +18,7 @@ from benchmarks.processes import everyones, from_first
 from benchmarks.raw_pipeline import Raw
 from benchmarks.suite.material import Batch, Material, adamw, make_material
 from benchmarks.suite.workloads import MANY_PROCESSES, Contestant, Workload
+from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.training import in_evaluation
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -76,6 +77,7 @@ class Ours:
             return ipp.plan(
                 material.model,
                 material.example,
+                machine=find_machine("local", contestant.replicas),
                 num_stages=contestant.stages,
                 microbatches=material.workload.microbatches // contestant.replicas,
                 replicas=contestant.replicas,
