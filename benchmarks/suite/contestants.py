@@ -77,7 +77,7 @@ class Ours:
             return ipp.plan(
                 material.model,
                 material.example,
-                machine=find_machine("local", contestant.replicas),
+                machine=find_machine("local", contestant.stages * contestant.replicas),
                 num_stages=contestant.stages,
                 microbatches=material.workload.microbatches // contestant.replicas,
                 replicas=contestant.replicas,
