@@ -272,7 +272,6 @@ class _FusedGelu:
     """
 
     _NAMES = ("NewGELUActivation", "FastGELUActivation")
-    _WIDE = (torch.float32, torch.float64)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -285,8 +284,8 @@ class _FusedGelu:
                 activations = sys.modules.get("transformers.activations")
                 for kind in (getattr(activations, name, None) for name in self._NAMES):
                     if kind is not None:
-                        forward = self._forward(kind.forward)
-                        self._patches.enter_context(mock.patch.object(kind, "forward", forward))
+                        fused = _wide_as_one(kind.forward)
+                        self._patches.enter_context(mock.patch.object(kind, "forward", fused))
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -295,14 +294,16 @@ class _FusedGelu:
             if self._inside == 0:
                 self._patches.close()
 
-    def _forward(self, plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-        @functools.wraps(plain)
-        def forward(module: nn.Module, input: Tensor) -> Tensor:
-            if input.dtype in self._WIDE:
-                return functional.gelu(input, approximate="tanh")
-            return plain(module, input)
 
-        return forward
+@functools.cache  # the same function in every step: torch.compile looks at it
+def _wide_as_one(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    @functools.wraps(plain)
+    def forward(module: nn.Module, input: Tensor) -> Tensor:
+        if input.dtype in (torch.float32, torch.float64):
+            return functional.gelu(input, approximate="tanh")
+        return plain(module, input)
+
+    return forward
 
 
 fused_gelu = _FusedGelu()
