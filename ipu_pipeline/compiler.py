@@ -113,7 +113,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     begin = time.monotonic()
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
-    described = find_machine(machine, depth)
+    described = find_machine(machine, depth and depth * (replicas or limited.replicas))
     backend = _backend_for(captured, described, costs, settings)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(

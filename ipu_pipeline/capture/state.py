@@ -199,6 +199,18 @@ class PlainState:
             if id(value) in grown or (_holds(value) and plain.get(name) is not value)
         ]
 
+    def changed(self) -> list[str]:
+        """Return the attributes and buffers that are not what they were; equal numbers are."""
+        grown = {id(c) for c, contents in self._contents if not _same(c, contents)}
+        return [
+            f"{type(module).__name__}.{name}"
+            for module, plain, buffers, _ in self._before
+            for then, now in ((plain, _plain(module)), (buffers, module._buffers))
+            for name in dict.fromkeys((*then, *now))
+            if not _equal(then.get(name, _ABSENT), now.get(name, _ABSENT))
+            or {id(now.get(name)), id(getattr(now.get(name), "__dict__", None))} & grown
+        ]
+
     def put_back(self, *, tensors: bool = True, but: Iterable[Tensor] = ()) -> None:
         """Make the attributes what they were; without ``tensors`` those of them stay.
 
@@ -237,6 +249,7 @@ def _put_back(now: Any, before: Any) -> None:
 # Most attributes are of these types, which have none of their own.
 _ATOMIC = frozenset({"builtins", "torch"})
 _CONTAINERS = (list, dict, set, deque)
+_NUMBERS = (bool, int, float, str)
 
 
 def _same(container: Any, contents: Any) -> bool:
@@ -254,6 +267,19 @@ def _holds(value: Any) -> bool:
     if isinstance(value, list | tuple | set | deque):
         return any(isinstance(member, Tensor) for member in value)
     return isinstance(value, Tensor)
+
+
+def kept_tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield class, name and tensor of every parameter, buffer and plain attribute."""
+    for module in modules:
+        for name, value in (*module._parameters.items(), *module._buffers.items(),
+                            *_plain(module).items()):  # fmt: skip
+            if isinstance(value, Tensor) and not value.is_inference():  # those count no writes
+                yield f"{type(module).__name__}.{name}", value
+
+
+def _equal(before: Any, now: Any) -> bool:
+    return before is now or (type(before) is type(now) in _NUMBERS and before == now)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -90,6 +90,24 @@ def adding_to_grad() -> AbstractContextManager[None]:
     no ``.grad`` yet, are left to autograd.
     """
     return _switched("set_adds_to_grad", wish=True, changes=extension.state().usable)
+
+
+@contextlib.contextmanager
+def adding_to(sums: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """As :func:`adding_to_grad`, but to the dense float32 sums given for parameters.
+
+    Gradients of others go where the backward pass would have them.
+    """
+    if not sums or not extension.state().usable:
+        yield
+        return
+    set_sums = torch.ops.ipu_pipeline.set_grad_sums
+    set_sums([*sums], [*sums.values()])
+    try:
+        with adding_to_grad():
+            yield
+    finally:
+        set_sums([], [])
 
 
 def torchs_products() -> AbstractContextManager[None]:

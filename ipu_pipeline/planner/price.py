@@ -253,7 +253,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         stages=loads,
         step_s=passes_s + once_s,
         once_s={"update, all-reduce": once_s} if once_s else {},
-        misfits=memory_misfits(plan.machine, loads),
+        misfits=memory_misfits(plan.machine, loads, beside_bytes(plan, loads)),
         binding=found.split.binding,
         recompute=tuple(stage.recompute for stage in found.split.stages),
         source=costs.source,
@@ -274,14 +274,28 @@ def spread_stages(plan: Plan) -> tuple[int, ...]:
     return () if plan.vocabulary is None else tuple(sorted(plan.vocabulary.by_stage))
 
 
-def memory_misfits(machine: Machine, loads: tuple[StageLoad, ...]) -> tuple[str, ...]:
-    """Say which devices, or which shared memory, cannot hold their stages."""
+def beside_bytes(plan: Plan, loads: tuple[StageLoad, ...]) -> int:
+    """Bytes that further replicas hold in a memory that all share: all but weights and state."""
+    if not plan.machine.shared_memory:
+        return 0
+    gradients = sum(p.num_bytes for p in plan.graph.parameters if p.trainable)
+    one = sum(load.memory_bytes - load.weight_bytes for load in loads)
+    return (plan.replicas - 1) * (one + gradients * plan.graph.training)
+
+
+def memory_misfits(
+    machine: Machine, loads: tuple[StageLoad, ...], beside_bytes: int = 0
+) -> tuple[str, ...]:
+    """Say which devices, or which shared memory, cannot hold their stages.
+
+    ``beside_bytes`` are those of replicas in a shared memory.
+    """
     held: dict[int, list[int]] = {}
     for index, load in enumerate(loads):
         held.setdefault(0 if machine.shared_memory else load.device, []).append(index)
     found = []
     for device, indices in held.items():
-        needed = sum(loads[index].memory_bytes for index in indices)
+        needed = beside_bytes + sum(loads[index].memory_bytes for index in indices)
         room = usable_bytes(machine, device)
         if needed > room:
             fullest = max(indices, key=lambda index: loads[index].memory_bytes)

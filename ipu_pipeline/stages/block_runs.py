@@ -18,7 +18,7 @@ they stay where they are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,13 @@ from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.random import is_random
 
 
+def running_statistics(modules: Iterable[nn.Module]) -> Iterator[_NormBase]:
+    """Yield the normalisations whose forward pass in training changes running statistics."""
+    for module in modules:
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            yield module
+
+
 @dataclass
 class ReplayedBlock:
     """What the forward passes of one recomputed block change.
@@ -56,9 +63,8 @@ class ReplayedBlock:
         self.modules = list(self.program.module.modules())
         self._generators = Generators(self.modules) if self.program.draws else None
         changing = list(self.program.changing.values())
-        for module in self.modules:  # torch does not count these writes
-            if isinstance(module, _NormBase) and module.track_running_stats:
-                changing += [t for t in (module.running_mean, module.running_var) if t is not None]
+        for module in running_statistics(self.modules):  # torch does not count these writes
+            changing += [t for t in (module.running_mean, module.running_var) if t is not None]
         self._changing = {id(tensor): tensor for tensor in changing}
         self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._first_copies: dict[int, tuple[Tensor, Tensor]] = {}

@@ -193,6 +193,12 @@ class GradientSum:
         self.sparse: Tensor | None = None
         self._owned = False  # autograd may have given the first gradient to others too
 
+    def own(self) -> Tensor | None:
+        """Return the dense part in memory that nothing else reads, to be added to in place."""
+        if self.dense is not None and not self._owned:
+            self.dense, self._owned = self.dense.clone(), True
+        return self.dense
+
     def add(self, gradient: Tensor) -> None:
         """Add one gradient."""
         if gradient.is_sparse:

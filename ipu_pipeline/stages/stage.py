@@ -17,10 +17,15 @@ from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.capture.named_ids import naming_ids
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta, reached
-from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.linear import adding_to, adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.block_runs import ReplayedBlock, offloaded, run_compiled
-from ipu_pipeline.stages.serialize import SerializedForward, add_gradient, no_calls
+from ipu_pipeline.stages.serialize import (
+    GradientSum,
+    SerializedForward,
+    add_gradient,
+    no_calls,
+)
 from ipu_pipeline.stages.tables import RowShard, Table
 from ipu_pipeline.stages.vocabulary import SoftmaxPart, SpreadLoss, SpreadTable
 
@@ -232,7 +237,11 @@ class Stage:
         return values, blocks
 
     def backward(
-        self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
+        self,
+        microbatch: int,
+        gradients: Mapping[str, Tensor],
+        loss_gradient: float,
+        sums: Mapping[Tensor, GradientSum] | None = None,
     ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
         """Run the backward pass of one microbatch.
 
@@ -240,6 +249,8 @@ class Stage:
             microbatch: Its index.
             gradients: Gradients of sent values by name, summed over their consumers.
             loss_gradient: Gradient of this microbatch's loss.
+            sums: Of another replica, in whose place ``.grad`` is not touched; some gradients are
+                added to what is there already, the others are returned.
 
         Returns:
             Gradients of the received values by name, and of tensors that other stages may add
@@ -256,8 +267,8 @@ class Stage:
         if state.inputs_with_gradient or self.live:
             looked_up = (tensor for pair in state.lookups for tensor in pair)
             others = _other_leaves(roots, [*wanted, *self.parameters, *looked_up])
-        if self.shared or others:
-            shared = self._backward_apart(roots, seeds, wanted, state, others)
+        if self.shared or others or sums is not None:
+            shared = self._backward_apart(roots, seeds, wanted, state, others, sums)
         else:
             with adding_to_grad():
                 torch.autograd.backward(roots, seeds)
@@ -321,23 +332,27 @@ class Stage:
         wanted: Sequence[Tensor],
         state: _InFlight,
         others: Sequence[Tensor],
+        sums: Mapping[Tensor, GradientSum] | None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Backward pass that keeps gradients of shared parameters and of ``others`` apart.
 
-        Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
+        Two stages adding to one ``.grad`` in any order would make the sum depend on timing. With
+        ``sums``, those of all parameters are kept apart.
         """
         own = [*self.parameters, *others]
         leaves = [*wanted, *own, *(leaf for _, leaf in state.lookups)]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            roots, leaves, seeds, allow_unused=True, retain_graph=state.inputs_with_gradient
-        )
+        there = ((parameter, one.own()) for parameter, one in (sums or {}).items())
+        with adding_to({parameter: dense for parameter, dense in there if dense is not None}):
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                roots, leaves, seeds, allow_unused=True, retain_graph=state.inputs_with_gradient
+            )
         for leaf, gradient in zip(wanted, found, strict=False):
             leaf.grad = gradient
         shared_ids = {id(parameter) for parameter in (*self.shared, *others)}
         shared = []
         parameters = [*own, *(table for table, _ in state.lookups)]
         for parameter, gradient in zip(parameters, found[len(wanted) :], strict=True):
-            if gradient is not None and id(parameter) in shared_ids:
+            if gradient is not None and (sums is not None or id(parameter) in shared_ids):
                 shared.append((parameter, gradient))
             elif gradient is not None:
                 add_gradient(parameter, gradient)

@@ -203,13 +203,20 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
             )
 
 
-def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> None:
+_ONE_USER = {"stages": "plan its blocks into one stage", "replicas": "plan with replicas=1"}
+
+
+def refuse_gradient_hooks(
+    model: nn.Module, shared: Iterable[nn.Parameter] = (), users: str = "stages"
+) -> None:
     """Refuse hooks that would see other gradients, or at another time, than in plain torch.
+
+    ``shared`` are parameters that several ``users`` (stages or replicas) have a gradient of.
 
     Raises:
         LoweringError: A parameter has a hook that runs when its gradient is added up or one that
             reaches an optimizer (which steps in the backward pass), or one on its gradient while
-            several stages use it.
+            several stages or replicas use it.
     """
     several = {id(parameter) for parameter in shared}
     for fqn, parameter in model.named_parameters():
@@ -227,8 +234,8 @@ def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ())
         if id(parameter) in several and hooks:
             raise LoweringError(
                 f"{fqn!r} has a hook on its gradient (register_hook) and is used by several "
-                "stages, each of which has a part of that gradient only; change the sum in .grad "
-                "after forward_backward() instead, or plan its blocks into one stage"
+                f"{users}, each of which has a part of that gradient only; change the sum in .grad "
+                f"after forward_backward() instead, or {_ONE_USER[users]}"
             )
 
 

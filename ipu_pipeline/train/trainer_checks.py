@@ -211,9 +211,9 @@ def _check_for_stages(args: Any, target: str) -> None:
         )
     if target == "local" and getattr(args, "replicas", 1) > 1:
         raise ValueError(
-            f"with target='local' there is one copy of the pipeline, and replicas is "
+            f"with target='local' the trainer has one copy of the pipeline, and replicas is "
             f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
-            "processes (torchrun)"
+            "processes (torchrun), or ipu_pipeline.train.train with a plan of replicas"
         )
 
 

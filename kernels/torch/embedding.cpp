@@ -170,14 +170,16 @@ class Embedding : public torch::autograd::Function<Embedding> {
     const at::Tensor &ids = saved[0], &weight = saved[1], &grad = grads[0];
     const int64_t padding_id = ctx->saved_data["padding_id"].toInt();
     if (!ctx->needs_input_grad(1)) return {at::Tensor(), at::Tensor(), at::Tensor()};
-    if (grad.scalar_type() != at::kFloat || !ipu::adds_to_grad_of(weight)) {
+    const at::Tensor sum =
+        grad.scalar_type() == at::kFloat ? ipu::grad_sum_of(weight) : at::Tensor();
+    if (!sum.defined()) {
       const at::Tensor whole =
           at::embedding_dense_backward(grad, ids, weight.size(0), padding_id, false);
       return {at::Tensor(), whole, at::Tensor()};
     }
     const int64_t hidden = weight.size(1);
     const Rows found(sorted_entries(ids.reshape(-1), 0, weight.size(0), 0, padding_id));
-    float* sums = weight.grad().mutable_data_ptr<float>();
+    float* sums = sum.mutable_data_ptr<float>();
     found.for_each_sum<float>(grad.reshape({-1, hidden}).contiguous(),
                               [&](int64_t u, int64_t column, int64_t columns, const float* sum) {
                                 float* row =

@@ -111,8 +111,9 @@ class Linear : public torch::autograd::Function<Linear> {
     const bool transposed = ctx->saved_data["transposed"].toBool();
     bool needs_weight = ctx->needs_input_grad(1);
     const bool addable = grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16;
-    if (needs_weight && addable && ipu::adds_to_grad_of(weight)) {
-      add_weight_grad(weight.grad(), grad, x, transposed);
+    const Tensor sum = needs_weight && addable ? ipu::grad_sum_of(weight) : Tensor();
+    if (sum.defined()) {
+      add_weight_grad(sum, grad, x, transposed);
       needs_weight = false;
     }
     auto [x_grad, weight_grad] =

@@ -67,7 +67,7 @@ PLAIN = {
             {"device": torch.device("cuda", 0), "n_gpu": 2},
             "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True, or let it see one GPU",
         ),
-        ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
+        ({"replicas": 2}, "has one copy of the pipeline, and replicas is 2; leave it out, or use"),
         ({"save_on_each_node": True, "target": "distributed"}, "save_on_each_node does not go"),
         ({"async_save": True}, "async_save does not go"),
         ({"optim": "lomo"}, "optim 'lomo' steps inside the backward pass"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipu_pipeline.backends.local.replicas import changes_state, stages_of_replicas, unchanged
 from ipu_pipeline.backends.local.runner import (
     StageThreads,
     contested,
@@ -23,13 +25,12 @@ from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.patches import fused_gelu
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
-from ipu_pipeline.ir.limits import count_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.schedules.rows import forward_only
+from ipu_pipeline.planner.schedules.rows import forward_only, side_by_side
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.block_runs import offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.calls import called_in_turn, check_call
@@ -46,6 +47,7 @@ from ipu_pipeline.stages.executable import (
 from ipu_pipeline.stages.loss_check import LossCheck
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
@@ -53,12 +55,17 @@ from ipu_pipeline.stages.training import (
     check_model,
     in_evaluation,
     kept_modes,
+    refuse_gradient_hooks,
 )
 from ipu_pipeline.stages.variants import Prepared
 
 
 class LocalExecutable(Executable):
-    """Runs a plan in this process; every stage has a thread.
+    """Runs a plan in this process; every stage of every replica has a thread.
+
+    Replicas share the weights. Each adds up gradients of its own, which are added in the order of
+    the replicas, so that results do not depend on timing. Where the forward passes of a model
+    change what the next one reads (batch norm), replicas run one after another.
 
     A short microbatch is captured for its own shape and weighs less.
 
@@ -108,7 +115,7 @@ class LocalExecutable(Executable):
         """Run one optimizer step on ``batch``.
 
         Args:
-            batch: Tensors with axis 0 = micro batch x microbatches.
+            batch: Tensors with axis 0 = micro batch x microbatches x replicas.
 
         Returns:
             The mean loss and what the update did.
@@ -216,7 +223,8 @@ class LocalExecutable(Executable):
 
     def _split(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
-        return self._cutter.training(batch, plan.num_microbatches, plan.micro_batch_size)
+        number = plan.num_microbatches * plan.replicas
+        return self._cutter.training(batch, number, plan.micro_batch_size)
 
     def _reads_values(self, part: Microbatch) -> bool:
         with in_evaluation(self.model), torch.no_grad():
@@ -329,9 +337,14 @@ class LocalExecutable(Executable):
         Their gradients are added up.
         """
         number = len(parts)
-        schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
+        replica_of = self._replicas_of(group) if training else None
+        schedule = (
+            self._rows(*Counter(replica_of or [0] * number).values())
+            if training
+            else forward_only(self.plan.num_stages, number)
+        )
         while True:
-            stages, glue = [one.stages for one in group], group[0].run
+            stages, glue = stages_of_replicas(group, replica_of), group[0].run
             if glue is not None and training and self.plan.vocabulary is not None:
                 glue.close()
                 raise LoweringError(
@@ -341,7 +354,7 @@ class LocalExecutable(Executable):
                 )
             step = Step(
                 stages, parts, self.options, self.global_step, loss_scaling, schedule,
-                self._device, glue,
+                self._device, glue, replica_of,
             )  # fmt: skip
             try:
                 self._run(step)
@@ -386,11 +399,33 @@ class LocalExecutable(Executable):
         step.add_shared_gradients()
         return step
 
-    def _rows(self, num_microbatches: int) -> Schedule:
-        """Return the schedule's rows; 1F1B's where it cannot run so few (the sums are equal)."""
+    def _rows(self, *microbatches: int) -> Schedule:
+        """Return the schedule's rows; 1F1B's where it cannot run so few (the sums are equal).
+
+        ``microbatches`` are those of every replica.
+        """
         kind, shape = shape_to_run(self.plan, self.options)
-        shape = replace(shape, num_microbatches=num_microbatches)
-        return (schedule_kind("1f1b") if kind.problem(shape) else kind).rows(shape)
+        shapes = [replace(shape, num_microbatches=number) for number in microbatches]
+        kinds = [schedule_kind("1f1b") if kind.problem(own) else kind for own in shapes]
+        return side_by_side([own.rows(each) for own, each in zip(kinds, shapes, strict=True)])
+
+    def _replicas_of(self, group: Sequence[Prepared]) -> list[int] | None:
+        """Return the replica of each microbatch, ascending; None where one has to run all.
+
+        Raises:
+            LoweringError: A hook of a parameter would see a part of its gradient.
+        """
+        stages = [stage for one in group for stage in one.stages]
+        if self.plan.replicas == 1 or self._runs_alone(stages) or changes_state(stages):
+            return None
+        refuse_gradient_hooks(self.model, self.model.parameters(), "replicas")
+        return [part * self.plan.replicas // len(group) for part in range(len(group))]
+
+    def _runs_alone(self, stages: Sequence[Stage]) -> bool:
+        """Whether stages have to run in the caller's thread."""
+        # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
+        alone = self.options.sequential or self.options.compile_blocks
+        return alone or any(stage.thread_bound or stage.in_order for stage in stages)
 
     def _require_usable(self) -> None:
         if self._closed or self._broken is not None:
@@ -399,21 +434,19 @@ class LocalExecutable(Executable):
 
     def _run(self, step: Step) -> None:
         self._require_usable()
-        # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
-        alone = self.options.sequential or self.options.compile_blocks
-        alone = alone or self.plan.num_stages == 1 or step.glue is not None
         stages = [stage for own in step.stages for stage in own]
-        alone = alone or any(stage.thread_bound for stage in stages)
         in_order = any(stage.in_order for stage in stages)
+        alone = self._runs_alone(stages) or step.glue is not None or contested(step.stages)
+        alone = alone or (self.plan.num_stages == 1 and step.replica_of is None)
         try:
             with kept_modes(self.model):
-                if alone or in_order or contested(step.stages):
+                if alone:
                     run_sequentially(step.schedule, step, in_order=in_order)
+                elif step.replica_of is not None:
+                    with unchanged(self.model, self.plan.replicas):
+                        self._run_in_threads(step)
                 else:
-                    if self._threads is None:
-                        timeout_s = self.options.stall_timeout_s
-                        self._threads = StageThreads(self.plan.num_stages, timeout_s)
-                    self._threads.run(step.schedule, step, self._intra_op(step.schedule))
+                    self._run_in_threads(step)
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -427,6 +460,12 @@ class LocalExecutable(Executable):
             self._broken = StageError("the step was interrupted")
             raise
 
+    def _run_in_threads(self, step: Step) -> None:
+        if self._threads is None:
+            number = self.plan.num_stages * self.plan.replicas
+            self._threads = StageThreads(number, self.options.stall_timeout_s)
+        self._threads.run(step.schedule, step, self._intra_op(step.schedule))
+
     def _intra_op(self, schedule: Schedule) -> tuple[int, ...]:
         """Share the threads of the caller among the rows by what their stages are to take."""
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
@@ -438,20 +477,22 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     """Refuse what the local target cannot run.
 
     Raises:
-        LoweringError: Replicas or state divided among them, a schedule that it does not have,
-            unknown blocks to recompute, or a serialized block without parameters.
+        LoweringError: State divided among replicas, a spread vocabulary in several of them, a
+            schedule that it does not have, unknown blocks to recompute, or a serialized block
+            without parameters.
     """
-    if plan.replicas > 1:
-        raise LoweringError(
-            f"the plan has {count_of(plan.replicas, 'replica')}; the local target runs one "
-            "pipeline: make the plan with replicas=1, or more microbatches for the same total batch"
-        )
     options.refuse_ipus("local")
     if options.replicated_tensor_sharding:
         raise LoweringError(
-            "replicated_tensor_sharding divides optimizer state among replicas, and the local "
-            "target runs one pipeline in one process; leave it out, or use target='distributed' "
-            "with a plan of several replicas"
+            "replicated_tensor_sharding divides optimizer state among replicas, and those of the "
+            "local target share it; leave it out, or use target='distributed' with a plan of "
+            "several replicas"
+        )
+    if plan.replicas > 1 and plan.vocabulary is not None:
+        raise LoweringError(
+            f"the plan spreads the vocabulary over stages and has {plan.replicas} replicas, whose "
+            "gradients of its rows the local target would add in any order: plan with replicas=1, "
+            "or without vocabulary"
         )
     if options.training:
         shape_to_run(plan, options)

@@ -80,7 +80,7 @@ class RunProgress:
     schedule: Schedule
     done: set[Action] = field(default_factory=set)
     failure: tuple[int, Action | None, BaseException] | None = None
-    current: dict[int, Action] = field(default_factory=dict)
+    running: set[Action] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
     last_change: float = field(default_factory=time.monotonic)
 
@@ -95,13 +95,13 @@ class RunProgress:
             self.changed.wait_for(lambda: self.failure or needed <= self.done)
             if self.failure:
                 raise Stopped
-            self.current[action.stage] = action
+            self.running.add(action)
 
     def finish(self, action: Action) -> None:
         """Note that ``action`` is done."""
         with self.changed:
             self.done.add(action.result)
-            self.current.pop(action.stage, None)
+            self.running.discard(action)
             self.last_change = time.monotonic()
             self.changed.notify_all()
 
@@ -115,7 +115,7 @@ class RunProgress:
         """Say what every device is doing or waiting for."""
         lines = []
         for device, row in enumerate(self.schedule.rows):
-            running = next((a for a in row if self.current.get(a.stage) == a), None)
+            running = next((a for a in row if a in self.running), None)
             waiting = next((a for a in row if a.result not in self.done), None)
             if running is not None:
                 lines.append(f"device {device} is inside {running}")

@@ -35,8 +35,10 @@ class Step:
         loss_scaling: Factor of the loss before the backward pass.
         device: Where the stages are.
         glue: That of its only microbatch, if that goes on while the stages run.
+        replica_of: The replica of every microbatch; those behind the first one add up gradients
+            of their own.
         results: What each microbatch computed, by name, in the order of the microbatches.
-        busy_s: Seconds that each stage was busy.
+        busy_s: Seconds that each stage was busy, in all replicas together.
     """
 
     stages: Sequence[Sequence[Stage]]
@@ -47,6 +49,7 @@ class Step:
     schedule: Schedule
     device: torch.device
     glue: GlueRun | None = None
+    replica_of: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         own = self.stages[0]
@@ -56,9 +59,10 @@ class Step:
         self.busy_s = [0.0] * len(own)
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+        # By replica and stage, which runs in one thread; the last one is of a loss apart.
+        replicas = 1 + max(self.replica_of or [0])
         self._shared: list[defaultdict[Tensor, GradientSum]] = [
-            defaultdict(GradientSum)
-            for _ in (*own, None)  # and of a loss apart
+            defaultdict(GradientSum) for _ in range(replicas * len(own) + 1)
         ]
         self._lock = Lock()
         self.vocabulary = VocabularyPasses()
@@ -80,7 +84,8 @@ class Step:
         except Exception as error:
             error.pipeline_block = stage.block  # type: ignore[attr-defined]
             raise
-        self.busy_s[action.stage] += time.perf_counter() - started
+        with self._lock:
+            self.busy_s[action.stage] += time.perf_counter() - started
 
     def _forward(self, stage: Stage, microbatch: int) -> None:
         part = self.microbatches[microbatch]
@@ -112,15 +117,19 @@ class Step:
             if ordered:
                 gradients[name] = torch.stack(ordered).sum(0) if len(ordered) > 1 else ordered[0]
         share = self.microbatches[microbatch].share
-        found, shared = stage.backward(microbatch, gradients, self.loss_scaling * share)
+        replica = 0 if self.replica_of is None else self.replica_of[microbatch]
+        sums = self._shared[replica * len(self.stages[0]) + stage.index]
+        found, shared = stage.backward(
+            microbatch, gradients, self.loss_scaling * share, sums if replica else None
+        )
         with self._lock:
             for name, gradient in found.items():
                 self._gradients[microbatch, name][stage.index] = gradient
-        for parameter, gradient in shared:  # sums of this stage, which runs in one thread
-            self._shared[stage.index][parameter].add(gradient)
+        for parameter, gradient in shared:
+            sums[parameter].add(gradient)
 
     def add_shared_gradients(self) -> None:
-        """Add the gradients of parameters that several stages use, in the order of the stages."""
+        """Add the gradients of parameters that stages or replicas share, in their order."""
         parameters = dict.fromkeys(p for sums in self._shared for p in sums)
         for parameter in parameters:
             add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))

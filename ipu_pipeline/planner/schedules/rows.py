@@ -75,6 +75,23 @@ def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
     return Schedule("forward", num_stages, num_microbatches, rows)
 
 
+def side_by_side(schedules: Sequence[Schedule]) -> Schedule:
+    """Return the rows of replicas: each has rows of its own, for microbatches behind those before.
+
+    Args:
+        schedules: Of the same stages, at least one.
+    """
+    rows: list[tuple[Action, ...]] = []
+    first = 0
+    for schedule in schedules:
+        rows += (
+            tuple(replace(action, microbatch=first + action.microbatch) for action in row)
+            for row in schedule.rows
+        )
+        first += schedule.num_microbatches
+    return replace(schedules[0], num_microbatches=first, rows=tuple(rows))
+
+
 def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Schedule:
     """Merge the rows whose stages are on one device; other rows stay as they are.
 

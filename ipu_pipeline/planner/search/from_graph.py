@@ -282,14 +282,21 @@ def _outer_seconds(
     machine: Machine,
     constraints: Constraints,
 ) -> tuple[float, ...]:
-    """Seconds per optimizer step: the update, and a ring all-reduce over the replicas.
+    """Seconds per optimizer step: the update, and what adds up the gradients of the replicas.
 
     A ring moves ``2 (r-1) / r`` of the gradient bytes through every link (Patarasuk and Yuan,
-    2009). A parameter is charged to its first block.
+    2009). In a shared memory all devices add: two reads and a write for each further replica. A
+    parameter is charged to its first block.
     """
     link = machine.board_link or machine.link
-    free, copies = machine.shared_memory or costs.ranks is not None, constraints.replicas
-    share = 0.0 if free else 2 * (copies - 1) / copies / link.bytes_per_s
+    copies = constraints.replicas
+    if costs.ranks is not None:
+        share = 0.0
+    elif machine.shared_memory:
+        rate = sum(device.memory_bytes_per_s for device in machine.devices)
+        share = 3 * (copies - 1) / rate
+    else:
+        share = 2 * (copies - 1) / copies / link.bytes_per_s
     updates = {**costs.update_s, **constraints.update_s}
     seconds = [updates.get(block.name, 0.0) for block in graph.blocks]
     for parameter in graph.parameters:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -18,16 +16,10 @@ def planned() -> tuple[torch.nn.Module, ipp.Plan]:
     return model, ipp.plan(model, example, num_stages=2, microbatches=2)
 
 
-def test_replicas_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
-    model, plan = planned
-    with pytest.raises(LoweringError, match="3 replicas; the local target runs one pipeline"):
-        ipp.compile(model, replace(plan, replicas=3))
-
-
 def test_state_divided_among_replicas_is_refused(
     planned: tuple[torch.nn.Module, ipp.Plan],
 ) -> None:
-    with pytest.raises(LoweringError, match=r"runs one pipeline in one process; leave it out, or"):
+    with pytest.raises(LoweringError, match=r"those of the local target share it; leave it out"):
         ipp.compile(*planned, replicated_tensor_sharding=True)
 
 
